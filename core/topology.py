@@ -1,0 +1,150 @@
+"""Device strings and meshes: from "cpu:8" and "fsdp=4,tensor=2" to devices in a grid.
+
+Axis names are the whole runtime's vocabulary; nothing here knows what a model does with them.
+"""
+
+import dataclasses
+import math
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from meshloom.core.config import nearest
+from meshloom.core.errors import ConfigError, ShardingError
+from meshloom.core.hardware import CHIPS
+
+# Outermost first: `data` may span slow links, `tensor` must not.
+AXES = ("data", "fsdp", "expert", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """A parsed device string: `platform` "local", "cpu" or a chip of the table, and the shape of each slice or node.
+
+    Attributes:
+        slices: how many slices ("2xv5e:16x16" has 2) or nodes.
+        shape: devices of one slice, () for "local", whose devices are whatever JAX finds.
+    """
+
+    platform: str
+    shape: tuple[int, ...] = ()
+    slices: int = 1
+
+    @property
+    def count(self) -> int:
+        """Number of devices, or 0 for "local"."""
+        return self.slices * math.prod(self.shape) if self.shape else 0
+
+
+def parse_devices(text: str) -> Devices:
+    """Reads "local", "cpu:8", "v5e:4x4", "2xv5e:16x16", "h100:8" or "h100:16x8" (nodes x GPUs).
+
+    Raises:
+        ConfigError: the string has another form, or names a chip that is not in the table.
+    """
+    if text == "local":
+        return Devices("local")
+    match = re.fullmatch(r"(?:(\d+)x)?([a-z][a-z0-9]*):(\d+(?:x\d+)*)", text)
+    if not match:
+        raise ConfigError(f'devices are "local", "cpu:8", "v5e:4x4", "2xv5e:16x16" or "h100:8"; got {text!r}')
+    slices, platform, shape = int(match[1] or 1), match[2], tuple(int(n) for n in match[3].split("x"))
+    if platform not in ("cpu", *CHIPS):
+        raise ConfigError(f"unknown chip {platform!r} in {text!r}; {nearest(platform, ('cpu', *CHIPS))}")
+    if min(slices, *shape) < 1:
+        raise ConfigError(f"device counts must be at least 1; got {text!r}")
+    return Devices(platform, shape, slices)
+
+
+def simulate_cpu_devices(count: int) -> None:
+    """Makes this process's CPU count as `count` devices. Call it before anything has used JAX.
+
+    Raises:
+        ConfigError: a backend already runs with another number of devices.
+    """
+    from jax._src import xla_bridge  # no public way to ask whether a backend runs without starting one
+
+    if not xla_bridge.backends_are_initialized():
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+        return
+    running = jax.local_device_count()
+    if running != count or jax.default_backend() != "cpu":
+        raise ConfigError(
+            f"JAX already runs with {running} {jax.default_backend()} device(s), too late to simulate {count}; "
+            f"simulate devices before the first use of JAX, or start again with JAX_NUM_CPU_DEVICES={count}"
+        )
+
+
+def use_devices(text: str) -> list[jax.Device]:
+    """The devices that a string names, on this machine; "cpu:N" simulates N if JAX has not started yet.
+
+    Raises:
+        ConfigError: the string is malformed, or names devices that this process does not have.
+    """
+    wanted = parse_devices(text)
+    if wanted.platform == "local":
+        return jax.devices()
+    if wanted.platform == "cpu":
+        simulate_cpu_devices(wanted.count)
+        return jax.devices()
+    found = jax.devices()
+    kinds = CHIPS[wanted.platform].kinds
+    if len(found) != wanted.count or found[0].device_kind.lower() not in kinds:
+        raise ConfigError(
+            f"{text} is {wanted.count} x {wanted.platform}, but this process has {len(found)} x {found[0].device_kind}"
+        )
+    return found
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Reads "fsdp=4,tensor=2" into {"fsdp": 4, "tensor": 2}; one size may be -1, "the rest".
+
+    Raises:
+        ShardingError: not of that form, an unknown or repeated axis, or a size that is not positive.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = (piece.strip() for piece in part.partition("="))
+        if not re.fullmatch(r"-1|\d+", size):
+            raise ShardingError(f'a mesh is axis=size pairs such as "fsdp=4,tensor=2"; got {part.strip()!r} in {text!r}')
+        if name in sizes:
+            raise ShardingError(f"axis {name!r} stands twice in {text!r}")
+        sizes[name] = int(size)
+    return sizes
+
+
+def make_mesh(axes: str | dict[str, int], devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh over `devices` (default: all of JAX's).
+
+    Args:
+        axes: sizes by axis name, as a dict or "fsdp=4,tensor=2"; names out of data, fsdp, expert, tensor; one size may be
+            -1 and takes the remaining devices.
+    Raises:
+        ShardingError: unknown axis, or sizes whose product is not the number of devices; names both.
+    """
+    sizes = parse_mesh(axes) if isinstance(axes, str) else dict(axes)
+    devices = jax.devices() if devices is None else devices
+    for name, size in sizes.items():
+        if name not in AXES:
+            raise ShardingError(f"unknown mesh axis {name!r}; {nearest(name, AXES)}")
+        if size < 1 and size != -1:
+            raise ShardingError(f"mesh axis {name!r} must have at least 1 device; got {size}")
+    sizes = _fill_rest(sizes, len(devices))
+    product = math.prod(sizes.values())
+    if product != len(devices):
+        raise ShardingError(f"mesh {sizes} needs {product} devices; there are {len(devices)}")
+    names = [name for name in AXES if name in sizes]
+    grid = np.asarray(devices).reshape([sizes[name] for name in names])
+    return Mesh(grid, tuple(names), axis_types=(AxisType.Auto,) * len(names))
+
+
+def _fill_rest(sizes: dict[str, int], count: int) -> dict[str, int]:
+    rest = [name for name, size in sizes.items() if size == -1]
+    if not rest:
+        return sizes
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if len(rest) > 1 or count % known:
+        raise ShardingError(f"mesh {sizes}: one axis may be -1, and the others' product must divide {count} devices")
+    return {**sizes, rest[0]: count // known}

@@ -1,0 +1,30 @@
+"""`load`: a model from any source, its weights placed by the layout that `sharding` derives from its trace."""
+
+from typing import Any
+
+from flax import nnx
+from jax.sharding import Mesh
+
+from meshloom.models.language_model import LanguageModel
+from meshloom.models.language_model import load as load_model
+from meshloom.sharding.derive import derive
+
+
+def load(source: str, *, dtype: Any = None, mesh: Mesh | None = None) -> LanguageModel:
+    """Loads a language model, tensor by tensor, onto one device or spread over a mesh.
+
+    Args:
+        source: "smollm2" (the embedded default), a preset such as "llama3-8b" (random weights), a Hugging Face id or
+            folder, a `.gguf` file, or the folder of a training run.
+        dtype: of the weights and so of the computation; None is float32 on the CPU and the files' own elsewhere.
+        mesh: from `make_mesh`; every weight goes straight to its shards, by specs derived from the traced program.
+    Raises:
+        ModelError: the source is unknown or its files are not what they should be; every problem is named.
+    """
+
+    def placement(module: nnx.Module, example_inputs: tuple[Any, ...]) -> Any:
+        return derive(module, mesh, *example_inputs).shardings
+
+    lm = load_model(source, dtype=dtype, placement=None if mesh is None else placement)
+    lm.mesh = mesh
+    return lm

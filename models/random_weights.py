@@ -1,0 +1,22 @@
+"""Fresh weights for an abstract module, drawn where they will stay."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+
+def random_weights(module: nnx.Module, *, seed: int, shardings: Any = None) -> nnx.Module:
+    """A concrete copy of the abstract `module` with weights drawn by its own constructor from `seed`.
+
+    Args:
+        shardings: pytree of `NamedSharding` like `nnx.state(module, nnx.Param)`; every device draws only its part.
+    """
+    graphdef, state = nnx.split(module)
+    dtype = next(iter(nnx.to_flat_state(state)))[1].dtype
+    kind, config = type(module), module.config
+
+    def draw() -> Any:
+        return nnx.state(kind(config, rngs=nnx.Rngs(seed), param_dtype=dtype), nnx.Param)
+
+    return nnx.merge(graphdef, jax.jit(draw, out_shardings=shardings)())

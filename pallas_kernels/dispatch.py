@@ -1,0 +1,75 @@
+"""Which implementation of an op runs, as a table that can be printed.
+
+Every op lists its implementations in order of preference. Each one answers `why_not(spec, target)` with a reason or None; the first
+that has no reason runs. Selection happens while tracing, from shapes and the mesh alone; it never looks at `jax.devices()`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from meshloom.core.errors import MeshloomError
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The hardware a program is traced for; `platform` None means that any backend may compile it."""
+
+    platform: str | None = None
+    device_kind: str | None = None
+
+    @classmethod
+    def of_mesh(cls) -> "Target":
+        """The target of the mesh in scope (`jax.set_mesh`, or explicit sharding types); unknown when there is none."""
+        device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+        if device is None:
+            return cls()
+        return cls(getattr(device, "platform", None), device.device_kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op: `run(*args, **options)`, and `why_not(spec, target)` -> reason it cannot, or None."""
+
+    name: str
+    run: Callable[..., Any]
+    why_not: Callable[[Any, Target], str | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One row of the selection table: an implementation, and why it was passed over (None for a usable one)."""
+
+    name: str
+    reason: str | None
+
+
+def explain(implementations: Sequence[Implementation], spec: Any, target: Target) -> list[Choice]:
+    """The selection table for one call: the first row whose `reason` is None is what runs."""
+    return [Choice(each.name, each.why_not(spec, target)) for each in implementations]
+
+
+def select(
+    op: str, implementations: Sequence[Implementation], spec: Any, target: Target, requested: str | None = None
+) -> Implementation:
+    """The first implementation that can compute `spec` on `target`, or the `requested` one.
+
+    Raises:
+        MeshloomError: nothing fits, the requested name is unknown, or the requested implementation declines; says why.
+    """
+    by_name = {each.name: each for each in implementations}
+    if requested is not None:
+        if requested not in by_name:
+            raise MeshloomError(f"{op} has no implementation {requested!r}; it has {', '.join(by_name)}")
+        reason = by_name[requested].why_not(spec, target)
+        if reason is not None:
+            raise MeshloomError(f"{op}: implementation {requested!r} cannot run this call: {reason}")
+        return by_name[requested]
+    choices = explain(implementations, spec, target)
+    for choice in choices:
+        if choice.reason is None:
+            return by_name[choice.name]
+    reasons = "; ".join(f"{choice.name}: {choice.reason}" for choice in choices)
+    raise MeshloomError(f"no implementation of {op} can run this call ({reasons})")

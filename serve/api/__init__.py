@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP side: bodies, errors, streaming, and running it."""

@@ -1,0 +1,105 @@
+"""Turns a schedule into one call of one compiled program: module, then sampler, over a donated paged cache.
+
+Guarantees that every program it can call is compiled before the first step, that a step transfers one array to the device and one
+back, and that the module's state is flattened once. Sees chunks of integers, never a request or text; the module it runs sees no mesh.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+from meshloom.serve.packing import StepShape, pack, unpack
+from meshloom.serve.sampler import sample
+from meshloom.serve.scheduler import Chunk
+
+
+class Runner:
+    """The compiled step programs of one module, by bucket, and the cache they hand on.
+
+    Args:
+        module: a decoder with `__call__(tokens, layout, cache, rows)` and `init_cache(num_pages, page_size, dtype)`.
+        shapes: the step shapes to compile, ascending in tokens.
+        num_pages, page_size, cache_dtype: the cache.
+        mesh, kv_heads_axis: devices the weights lie on, and the mesh axis that splits kv heads; None on one device.
+    """
+
+    def __init__(
+        self,
+        module: nnx.Module,
+        shapes: list[StepShape],
+        *,
+        num_pages: int,
+        page_size: int,
+        cache_dtype: jnp.dtype,
+        mesh: Mesh | None = None,
+        kv_heads_axis: str | None = None,
+    ):
+        self._shapes = shapes
+        self._graphdef, state = nnx.split(module)
+        self._leaves, self._treedef = jax.tree.flatten(state)
+        self._module = module
+        self._make_cache = lambda: module.init_cache(num_pages, page_size, cache_dtype)
+        self._mesh, self._kv_heads_axis = mesh, kv_heads_axis
+        self._programs: dict[int, Callable] = {}
+        self._empty_cache: Callable | None = None
+        self._cache = None
+
+    def compile(self, advance: Callable[[str], None]) -> None:
+        """Compile all programs and make the cache; `advance` hears of each program that is done."""
+        abstract_cache = jax.eval_shape(self._make_cache)
+        shardings = jax.tree.map(self._cache_sharding, abstract_cache)
+        cache = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract_cache, shardings
+        )
+        self._empty_cache = jax.jit(self._make_cache, out_shardings=shardings).lower().compile()
+        for shape in self._shapes:
+            packed = jax.ShapeDtypeStruct((shape.size,), jnp.int32, sharding=self._replicated())
+            step = jax.jit(
+                self._program(shape), donate_argnums=1, out_shardings=(self._replicated(), shardings)
+            )
+            self._programs[shape.tokens] = step.lower(self._leaves, cache, packed).compile()
+            advance(f"step of {shape.tokens} tokens")
+        self.reset()
+        for shape in self._shapes:
+            self._run(shape, [])  # the first run of a program is slow (buffers, page faults): not on a request's time
+
+    def reset(self) -> None:
+        """An empty cache; needed after a step that failed, which may have consumed the old one."""
+        self._cache = None  # freed before its successor is made
+        self._cache = self._empty_cache()
+
+    def step(self, chunks: list[Chunk]) -> list[int]:
+        """Run the chunks; one token id per chunk, meaningful where the chunk samples."""
+        total = sum(chunk.count for chunk in chunks)
+        shape = next(shape for shape in self._shapes if shape.tokens >= total and shape.sequences >= len(chunks))
+        return self._run(shape, chunks)[: len(chunks)].tolist()
+
+    def _run(self, shape: StepShape, chunks: list[Chunk]) -> np.ndarray:
+        tokens, self._cache = self._programs[shape.tokens](self._leaves, self._cache, pack(shape, chunks))
+        return np.asarray(tokens)
+
+    def _program(self, shape: StepShape) -> Callable:
+        graphdef, treedef = self._graphdef, self._treedef
+
+        def step(leaves: list, cache, packed: Int[Array, "n"]):
+            module = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
+            step = unpack(shape, packed)
+            logits, cache = module(step.tokens, layout=step.ragged, cache=cache, rows=step.rows)
+            return sample(logits, step.draws), cache
+
+        return step
+
+    def _replicated(self) -> NamedSharding | None:
+        return None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec())
+
+    def _cache_sharding(self, pages: jax.ShapeDtypeStruct) -> NamedSharding | None:
+        """Pages are `[..., page, kv heads, head dim]`."""
+        if self._mesh is None:
+            return None
+        leading = [None] * (len(pages.shape) - 2)
+        return NamedSharding(self._mesh, PartitionSpec(*leading, self._kv_heads_axis, None))

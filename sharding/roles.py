@@ -1,0 +1,208 @@
+"""What every dimension of a weight is for, read from dataflow alone: never from a name, a size or a position in the module.
+
+Roles, in the order in which they are claimed:
+
+* *stack*: a scan runs over it (layers).
+* *heads*, *kv_heads*: attention scores are products of two activations over a dimension that weights produced (the *head_dim*). Their
+  batch dimensions are heads. So is a free one that lies beside the head_dim in a weight: the query group of grouped-query attention,
+  or all heads where there is one kv head. Weights with kv heads but without the group have *kv_heads*.
+* *residual*: an addition (or a loop's carry) joins a value of this class with one that comes of the same value by contracting the class
+  and producing it again. Attention and MLP read the residual stream and add to it; their inner dimensions never meet themselves like that.
+* *head_dim*: the rest of an attention product: within a head.
+* *expert*: picks one matrix of many: groups of a ragged product, batch of a product of an activation with a weight.
+* *vocab*: rows that the inputs look up, or what the last weight produces for the output.
+* *inner*: one weight produces it, another contracts it.
+* *batch*, *sequence*: the first and the other dimensions of the inputs.
+* *feature*: none of these.
+
+It knows nothing of meshes.
+"""
+
+import collections
+import dataclasses
+from typing import Literal
+
+from meshloom.sharding.classes import Dim, leaves, leaves_of
+from meshloom.sharding.operators import Dims, Kind, Lookup, Meeting, Product, Source, Value
+from meshloom.sharding.trace import Program, Step
+
+Role = Literal[
+    "stack", "heads", "kv_heads", "residual", "head_dim", "expert", "vocab", "inner", "batch", "sequence", "feature"
+]
+Uses = dict[Dim, set[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Roles:
+    """Roles of the leaves (finest factors) that occur in weights, and who uses them.
+
+    Attributes:
+        by_leaf: leaf -> role, with "heads" for every head dimension; `of` tells kv heads apart.
+        produced, contracted, picked: leaf -> indices of the parameters that produce it (as a free dimension of a product or the columns
+            of a lookup), contract it, or hold one matrix for each of its elements. Keys are in program order.
+        shared_heads: head leaves that queries and keys have in common.
+    """
+
+    by_leaf: dict[Dim, Role]
+    produced: Uses
+    contracted: Uses
+    picked: Uses
+    shared_heads: frozenset[Dim]
+    _heads_in: tuple[frozenset[Dim], ...]
+
+    def of(self, parameter: int, dim: Dim) -> Role:
+        """Role of one dimension of parameter `parameter`: that of its outermost factor."""
+        parts = leaves(dim)
+        role = self.by_leaf.get(parts[0], "feature") if parts else "feature"
+        if role == "heads" and self._has_siblings(parameter, parts[0]):
+            return "kv_heads"
+        return role
+
+    def _has_siblings(self, parameter: int, head: Dim) -> bool:
+        own = self._heads_in[parameter]
+        return any(head in other and own < other for other in self._heads_in)
+
+
+def infer(program: Program) -> Roles:
+    """Reads the roles of a traced program."""
+    produced, contracted, picked, looked_up = _weight_uses(program.steps)
+    in_weights = [leaves_of(parameter.dims) for parameter in program.parameters]
+    batch = leaves_of(value.dims[0] for value in program.inputs if value.dims)
+    sequence = leaves_of(dim for value in program.inputs for dim in value.dims[1:]) - contracted.keys()
+    products = [
+        step.fact
+        for step in program.steps
+        if isinstance(step.fact, Product) and all(value.kind == Kind.ACTIVATION for value in step.inputs[:2])
+    ]
+    residual = _residual(program.steps)
+    certain, grouped = _heads(products, produced, in_weights)
+    heads = certain | (grouped - residual)
+
+    claims: list[tuple[Role, set[Dim]]] = [
+        ("stack", leaves_of(program.stacks)),
+        ("heads", certain),
+        ("residual", residual),
+        ("heads", grouped),
+        ("head_dim", _head_dims(products, heads) & produced.keys()),
+        ("expert", set(picked)),
+        ("vocab", looked_up | (leaves_of(d for out in program.outputs for d in out.dims) & produced.keys() - contracted.keys())),
+        ("inner", {leaf for leaf in produced.keys() & contracted.keys() if len(produced[leaf] | contracted[leaf]) > 1}),
+        ("batch", batch),
+        ("sequence", sequence),
+    ]
+    by_leaf: dict[Dim, Role] = {}
+    for role, members in claims:
+        for leaf in members:
+            by_leaf.setdefault(leaf, role)
+    all_heads = {leaf for leaf, role in by_leaf.items() if role == "heads"}
+    heads_in = tuple(frozenset(members & all_heads) for members in in_weights)
+    return Roles(by_leaf, produced, contracted, picked, frozenset(certain), heads_in)
+
+
+def _weight_uses(steps: tuple[Step, ...]) -> tuple[Uses, Uses, Uses, set[Dim]]:
+    """Who produces, contracts and is picked by each leaf, and which leaves the inputs look rows up in."""
+    produced, contracted, picked = (collections.defaultdict(set) for _ in range(3))
+    looked_up: set[Dim] = set()
+
+    def note(uses: Uses, dims: Dims, weight: Value) -> None:
+        for leaf in (leaf for dim in dims for leaf in leaves(dim)):
+            uses[leaf] |= weight.parameters
+
+    for step in steps:
+        match step.fact:
+            case Product(over, batch, lhs_free, rhs_free):
+                for weight, other, free in zip(step.inputs[:2], step.inputs[1::-1], (lhs_free, rhs_free), strict=True):
+                    if weight.kind == Kind.WEIGHT and other.kind == Kind.ACTIVATION:
+                        note(produced, free, weight)
+                        note(contracted, over, weight)
+                        note(picked, batch, weight)
+            case Lookup(rows, columns) if step.inputs[0].kind == Kind.WEIGHT:
+                note(produced, columns, step.inputs[0])
+                if step.inputs[1].kind == Kind.ACTIVATION:
+                    looked_up |= leaves_of(rows)
+    return dict(produced), dict(contracted), dict(picked), looked_up
+
+
+def _heads(products: list[Product], produced: Uses, in_weights: list[set[Dim]]) -> tuple[set[Dim], set[Dim]]:
+    """Batch dimensions of score products, and free ones that share a weight with the head dimension."""
+    certain: set[Dim] = set()
+    grouped: set[Dim] = set()
+    for scores in products:
+        head_dim = leaves_of(scores.contracted) & produced.keys()
+        if not head_dim:
+            continue
+        certain |= leaves_of(scores.batch) & produced.keys()
+        free = leaves_of((*scores.lhs_free, *scores.rhs_free)) & produced.keys()
+        grouped |= {leaf for leaf in free if any(leaf in members and head_dim & members for members in in_weights)}
+    return certain, grouped
+
+
+def _head_dims(products: list[Product], heads: set[Dim]) -> set[Dim]:
+    """All but the heads of every product of two activations that has heads in it."""
+    found: set[Dim] = set()
+    for each in products:
+        kept = leaves_of((*each.batch, *each.lhs_free, *each.rhs_free))
+        if kept & heads:
+            found |= (kept | leaves_of(each.contracted)) - heads
+    return found
+
+
+class _Ledger:
+    """For every value, which classes it carries since which source, and which it had but gave up in a product with a weight.
+
+    A source of a class is an input, a loop carry, a weight that produces it or a table that is looked up. Sets of sources are the bits
+    of an int: an unrolled model has thousands, and a step is then a few machine words.
+    """
+
+    def __init__(self):
+        self.live: dict[Value, int] = {}
+        self.spent: dict[Value, int] = {}
+        self.sources: dict[Dim, int] = collections.defaultdict(int)
+        self._next = 1
+
+    def enter(self, dims: Dims) -> int:
+        """New sources, one for each leaf of `dims`."""
+        bits = 0
+        for leaf in leaves_of(dims):
+            self.sources[leaf] |= self._next
+            bits |= self._next
+            self._next <<= 1
+        return bits
+
+    def of(self, dims: Dims) -> int:
+        """All sources of the leaves of `dims`."""
+        bits = 0
+        for leaf in leaves_of(dims):
+            bits |= self.sources.get(leaf, 0)
+        return bits
+
+
+def _residual(steps: tuple[Step, ...]) -> set[Dim]:
+    """Leaves that are added to what was computed from them: carried from layer to layer."""
+    ledger = _Ledger()
+    residual: set[Dim] = set()
+    for step in steps:
+        live = spent = gained = 0
+        for value in step.inputs:
+            live |= ledger.live.get(value, 0)
+            spent |= ledger.spent.get(value, 0)
+        match step.fact:
+            case Source():
+                gained = ledger.enter(tuple(dim for value in step.outputs for dim in value.dims))
+            case Lookup(_, columns):
+                gained = ledger.enter(columns)
+            case Product(over, _, lhs_free, rhs_free):
+                kinds = [value.kind for value in step.inputs[:2]]
+                if Kind.WEIGHT in kinds:
+                    given_up = live & ledger.of(over)
+                    live, spent = live & ~given_up, spent | given_up
+                    gained = ledger.enter(lhs_free if kinds[0] == Kind.WEIGHT else rhs_free)
+            case Meeting():
+                a, b = step.inputs
+                again = (ledger.live.get(a, 0) & ledger.spent.get(b, 0)) | (ledger.live.get(b, 0) & ledger.spent.get(a, 0))
+                if again:
+                    residual |= {leaf for leaf in leaves_of(step.outputs[0].dims) if again & ledger.sources.get(leaf, 0)}
+        for value in step.outputs:
+            ledger.live[value] = live | gained
+            ledger.spent[value] = spent
+    return residual

@@ -1,0 +1,229 @@
+"""A module's forward pass as steps over dimension classes: traced with abstract values, control flow unrolled into one list.
+
+`trace` never runs the module and never allocates its weights. The body of a scan or loop appears once, its carry tied to itself. Bodies of
+jit, remat, custom derivatives and shard_map are read in place. A primitive without a rule ties nothing and is counted in `unknown`.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from meshloom.core.errors import ShardingError
+from meshloom.sharding.classes import Dim, unify
+from meshloom.sharding.operators import Dims, Fact, Kind, Meeting, Operation, Source, Value, fresh, outcome
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One primitive's inputs and outputs, and what it says about roles, if anything."""
+
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    fact: Fact | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One array of the module's `nnx.Param` state. `name` is for people; nothing is decided by it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Any
+    dims: Dims
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a traced forward pass says about dimensions.
+
+    Attributes:
+        parameters: in the order of `jax.tree.leaves(nnx.state(module, nnx.Param))`; `treedef` rebuilds that state.
+        inputs, outputs: arrays that enter and leave.
+        steps: in program order.
+        stacks: leading dimensions of weights that a scan runs over.
+        unknown: how often each primitive without a rule was met.
+    """
+
+    parameters: tuple[Parameter, ...]
+    treedef: Any
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    steps: tuple[Step, ...]
+    stacks: tuple[Dim, ...]
+    unknown: collections.Counter
+
+
+def trace(module: nnx.Module, example_inputs: Sequence[Any]) -> Program:
+    """Traces `module(*example_inputs)`.
+
+    Args:
+        module: concrete or abstract (`nnx.eval_shape`).
+        example_inputs: positional arguments; arrays, `jax.ShapeDtypeStruct`s, or pytrees of them.
+    Raises:
+        ShardingError: the forward pass cannot be traced with these inputs.
+    """
+    graphdef, parameters, rest = nnx.split(module, nnx.Param, ...)
+    parameters, rest, inputs = jax.tree.map(_abstract, (parameters, rest, tuple(example_inputs)))
+    try:
+        jaxpr = jax.make_jaxpr(lambda params, rest, inputs: nnx.merge(graphdef, params, rest)(*inputs))(parameters, rest, inputs).jaxpr
+    except Exception as error:
+        raise ShardingError(
+            f"{type(module).__name__} cannot be traced with inputs ({', '.join(map(_describe, inputs)) or 'none'}): {error}. "
+            "Pass example inputs as the module is called in training, e.g. "
+            "derive(module, mesh, jax.ShapeDtypeStruct((8, 128), jnp.int32)) for token ids [batch, length]"
+        ) from error
+
+    named, treedef = jax.tree_util.tree_flatten_with_path(parameters)
+    described = tuple(Parameter(_name(path), leaf.shape, leaf.dtype, fresh(leaf.shape)) for path, leaf in named)
+    weights = [Value(each.dims, Kind.WEIGHT, frozenset([i])) for i, each in enumerate(described)]
+    n_rest = len(jax.tree.leaves(rest))
+    shapes = [var.aval.shape for var in jaxpr.invars[len(weights) :]]
+    others = [Value(fresh(shape)) for shape in shapes[:n_rest]]
+    entering = tuple(Value(fresh(shape), Kind.ACTIVATION) for shape in shapes[n_rest:])
+
+    reader = _Reader()
+    reader.steps.append(Step((), entering, Source()))
+    leaving = reader.run(jaxpr, [*weights, *others, *entering])
+    return Program(described, treedef, entering, tuple(leaving), tuple(reader.steps), tuple(reader.stacks), reader.unknown)
+
+
+def _abstract(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else leaf
+
+
+def _describe(tree: Any) -> str:
+    return ", ".join(f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "shape") else repr(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _name(path: Sequence[Any]) -> str:
+    """`layers.0.mlp.up.weight` for the path of a leaf; the `.value` of the variable that holds it is left out."""
+    keys = [str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))) for entry in path]
+    return ".".join(keys[:-1] if isinstance(path[-1], jax.tree_util.GetAttrKey) else keys)
+
+
+def _derived(dims: Dims, inputs: Sequence[Value]) -> Value:
+    """A result of these inputs; a weight made of weights remembers which."""
+    kind = max((value.kind for value in inputs), default=Kind.CONSTANT)
+    parameters = frozenset().union(*(value.parameters for value in inputs)) if kind == Kind.WEIGHT else frozenset()
+    return Value(dims, kind, parameters)
+
+
+def _tie(a: Value, b: Value) -> None:
+    for left, right in zip(a.dims, b.dims, strict=True):
+        unify(left, right)
+
+
+class _Reader:
+    """Walks a jaxpr, and those inside it, and writes down the steps."""
+
+    def __init__(self):
+        self.steps: list[Step] = []
+        self.stacks: list[Dim] = []
+        self.unknown: collections.Counter = collections.Counter()
+        self._control = {
+            "scan": self._scan,
+            "while": self._while,
+            "cond": self._cond,
+            "shard_map": self._shard_map,
+        }
+
+    def run(self, jaxpr: Any, arguments: Sequence[Value]) -> list[Value]:
+        """Reads the equations of `jaxpr` called with `arguments`; returns its results."""
+        values = dict(zip(jaxpr.invars, arguments, strict=True))
+        values.update((var, Value(fresh(var.aval.shape))) for var in jaxpr.constvars)
+
+        def read(atom: Any) -> Value:
+            # A literal carries its value instead of a binding.
+            return Value(fresh(atom.aval.shape)) if hasattr(atom, "val") else values[atom]
+
+        for equation in jaxpr.eqns:
+            inputs = [read(atom) for atom in equation.invars]
+            values.update(zip(equation.outvars, self._equation(equation, inputs), strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _equation(self, equation: Any, inputs: list[Value]) -> list[Value]:
+        name, params = equation.primitive.name, equation.params
+        if name in self._control:
+            return self._control[name](equation, inputs)
+        shapes = tuple(getattr(var.aval, "shape", ()) for var in equation.outvars)
+        result = outcome(name, Operation(tuple(inputs), shapes, params))
+        if result is None:
+            body = params.get("jaxpr", params.get("call_jaxpr"))
+            if body is not None and len(body.jaxpr.invars) == len(inputs):
+                return self.run(body.jaxpr, inputs)
+            self.unknown[name] += 1
+            result = [fresh(shape) for shape in shapes], None
+        dims, fact = result
+        outputs = [_derived(each, inputs) for each in dims]
+        self.steps.append(Step(tuple(inputs), tuple(outputs), fact))
+        return outputs
+
+    def _loop(self, body: Any, constants: list[Value], initial: list[Value], sliced: list[Value]) -> tuple[list[Value], list[Value]]:
+        """Reads a loop body once. Returns the final carry and whatever else the body yields."""
+        first = len(constants)
+        fixed = [body.outvars[i] is body.invars[first + i] for i in range(len(initial))]
+        # A carry that the body changes may depend on anything that the loop reads.
+        kind = max((value.kind for value in [*constants, *initial, *sliced]), default=Kind.CONSTANT)
+        carry = [
+            value if same else Value(value.dims, kind, value.parameters if kind == Kind.WEIGHT else frozenset())
+            for value, same in zip(initial, fixed, strict=True)
+        ]
+        self.steps += [Step((old,), (new,), Source()) for old, new, same in zip(initial, carry, fixed, strict=True) if not same]
+        results = self.run(body, [*constants, *carry, *sliced])
+        final = []
+        for before, after, same in zip(carry, results[: len(carry)], fixed, strict=True):
+            _tie(before, after)
+            final.append(before if same else _derived(after.dims, [before, after]))
+            if not same:
+                self.steps.append(Step((before, after), (final[-1],), Meeting()))
+        return final, results[len(carry) :]
+
+    def _scan(self, equation: Any, inputs: list[Value]) -> list[Value]:
+        n_constants, n_carry, _ = (len(group) for group in equation.params["ft_in"].unpack())
+        constants, carry, scanned = inputs[:n_constants], inputs[n_constants : n_constants + n_carry], inputs[n_constants + n_carry :]
+        trips = Dim(equation.params["length"])
+        sliced = []
+        for whole in scanned:
+            unify(trips, whole.dims[0])
+            if whole.kind == Kind.WEIGHT:
+                self.stacks.append(whole.dims[0])
+            sliced.append(Value(whole.dims[1:], whole.kind, whole.parameters))
+            self.steps.append(Step((whole,), (sliced[-1],)))
+        final, yielded = self._loop(equation.params["jaxpr"].jaxpr, constants, carry, sliced)
+        stacked = [Value((trips, *each.dims), each.kind, each.parameters) for each in yielded]
+        self.steps += [Step((each,), (whole,)) for each, whole in zip(yielded, stacked, strict=True)]
+        return [*final, *stacked]
+
+    def _while(self, equation: Any, inputs: list[Value]) -> list[Value]:
+        n_cond, n_body = equation.params["cond_nconsts"], equation.params["body_nconsts"]
+        constants, carry = inputs[n_cond : n_cond + n_body], inputs[n_cond + n_body :]
+        final, _ = self._loop(equation.params["body_jaxpr"].jaxpr, constants, carry, [])
+        self.run(equation.params["cond_jaxpr"].jaxpr, [*inputs[:n_cond], *final])
+        return final
+
+    def _cond(self, equation: Any, inputs: list[Value]) -> list[Value]:
+        branches = [self.run(branch.jaxpr, inputs[1:]) for branch in equation.params["branches"]]
+        results = []
+        for choices in zip(*branches, strict=True):
+            for other in choices[1:]:
+                _tie(choices[0], other)
+            results.append(_derived(choices[0].dims, [inputs[0], *choices]))
+            self.steps.append(Step(choices, (results[-1],)))
+        return results
+
+    def _shard_map(self, equation: Any, inputs: list[Value]) -> list[Value]:
+        """Inside, dimensions that are split by hand are shorter: those are new classes, the others stay what they are."""
+        body = equation.params["jaxpr"].jaxpr
+        inside = [self._resized(value, var.aval.shape) for value, var in zip(inputs, body.invars, strict=True)]
+        results = self.run(body, inside)
+        return [self._resized(value, var.aval.shape) for value, var in zip(results, equation.outvars, strict=True)]
+
+    def _resized(self, value: Value, shape: tuple[int, ...]) -> Value:
+        dims = tuple(dim if dim.size == size else Dim(size) for dim, size in zip(value.dims, shape, strict=True))
+        resized = Value(dims, value.kind, value.parameters)
+        self.steps.append(Step((value,), (resized,)))
+        return resized

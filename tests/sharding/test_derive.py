@@ -1,0 +1,186 @@
+"""`derive` and `Layout` as callers see them: meshes, placement, errors, explanations."""
+
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from rich.console import Console
+
+from meshloom.core.errors import ShardingError
+from meshloom.sharding import derive, explain
+
+EXAMPLE = jax.ShapeDtypeStruct((4, 16), jnp.float32)
+
+
+class Block(nnx.Module):
+    """A residual MLP of uncommon size, with dropout and batch statistics beside its parameters."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.norm = nnx.BatchNorm(16, rngs=rngs)
+        self.up = nnx.Linear(16, 32, rngs=rngs)
+        self.drop = nnx.Dropout(0.1, rngs=rngs)
+        self.down = nnx.Linear(32, 16, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.down(self.drop(jax.nn.relu(self.up(self.norm(x)))))
+
+
+class WithExample(Block):
+    def example_inputs(self):
+        return (EXAMPLE,)
+
+
+def block() -> Block:
+    return Block(nnx.Rngs(0))
+
+
+def abstract(**axes: int) -> AbstractMesh:
+    return AbstractMesh(tuple(axes.values()), tuple(axes))
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+
+def test_concrete_and_abstract_modules_get_one_layout(mesh):
+    concrete = derive(block(), mesh, EXAMPLE)
+    assert concrete.rows == derive(nnx.eval_shape(block), abstract(fsdp=2, tensor=4), EXAMPLE).rows
+    assert concrete.rows == derive(WithExample(nnx.Rngs(0)), mesh).rows
+
+
+def test_specs_match_the_parameter_state(mesh):
+    module = block()
+    layout = derive(module, mesh, EXAMPLE)
+    state = nnx.state(module, nnx.Param)
+    assert jax.tree.structure(layout.specs) == jax.tree.structure(state) == jax.tree.structure(layout.shardings)
+    placed = layout.place(state)
+    assert jax.tree.leaves(jax.tree.map(lambda x: x.sharding, placed)) == jax.tree.leaves(layout.shardings)
+    for row, leaf in zip(layout.rows, jax.tree.leaves(placed), strict=True):
+        assert leaf.addressable_shards[0].data.nbytes == row.bytes_per_device
+    assert layout.bytes_per_device == sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(placed))
+
+
+def test_optimizer_state_follows_the_parameters(mesh):
+    module = nnx.eval_shape(block)
+    layout = derive(module, mesh, EXAMPLE)
+    optimizer = jax.eval_shape(optax.adamw(1e-3).init, nnx.state(module, nnx.Param))
+    shardings = layout.follow(optimizer)
+    assert jax.tree.structure(shardings) == jax.tree.structure(optimizer)
+    adam = shardings[0]
+    assert jax.tree.leaves(adam.mu) == jax.tree.leaves(adam.nu) == jax.tree.leaves(layout.shardings)
+    assert adam.count.spec == PartitionSpec()
+
+
+def test_explicit_axes_are_taken_as_automatic():
+    explicit = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Explicit,))
+    layout = derive(block(), explicit, EXAMPLE)
+    assert layout.mesh.axis_types == (AxisType.Auto,)
+
+
+def test_axes_of_size_one_split_nothing():
+    layout = derive(block(), abstract(data=1, fsdp=1, tensor=1, expert=1), EXAMPLE)
+    assert all(row.spec == PartitionSpec(*(None for _ in row.shape)) for row in layout.rows)
+    assert layout.batch_spec == PartitionSpec(None, None)
+
+
+@pytest.mark.parametrize(
+    ("axes", "spec"),
+    [
+        ({"data": 2, "fsdp": 4}, (("data", "fsdp"), None)),
+        ({"fsdp": 4, "data": 2, "tensor": 1}, (("data", "fsdp"), None)),
+        ({"data": 8, "fsdp": 1}, ("data", None)),
+        ({"tensor": 8}, (None, None)),
+    ],
+)
+def test_batches_lie_over_data_and_fsdp(axes, spec):
+    assert derive(block(), abstract(**axes), EXAMPLE).batch_spec == PartitionSpec(*spec)
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_what_would():
+    layout = derive(block(), abstract(data=2, fsdp=4), EXAMPLE)
+    assert isinstance(layout.batch_sharding(16), NamedSharding)
+    with pytest.raises(ShardingError, match=r"12 rows does not divide over data x fsdp = 8 devices; use 8 or 16"):
+        layout.batch_sharding(12)
+    with pytest.raises(ShardingError, match=r"use 8,"):
+        layout.batch_sharding(3)
+
+
+def test_an_unknown_axis_is_refused_with_the_known_ones():
+    with pytest.raises(ShardingError, match=r"'model' is unknown; axes are any of data, fsdp, tensor, expert"):
+        derive(block(), abstract(data=2, model=4), EXAMPLE)
+
+
+def test_a_failed_trace_says_what_to_pass():
+    with pytest.raises(ShardingError, match=r"Block cannot be traced with inputs \(float32\[4, 5\]\).*Pass example inputs"):
+        derive(block(), abstract(fsdp=2), jax.ShapeDtypeStruct((4, 5), jnp.float32))
+
+
+def test_missing_example_inputs_are_asked_for():
+    with pytest.raises(ShardingError, match=r"Block has no example_inputs\(\): pass what it is called with"):
+        derive(block(), abstract(fsdp=2))
+
+
+def test_an_abstract_mesh_places_nothing():
+    layout = derive(block(), abstract(fsdp=2), EXAMPLE)
+    with pytest.raises(ShardingError, match="no devices to place"):
+        layout.place(nnx.state(block(), nnx.Param))
+
+
+def test_explain_gives_spec_rule_bytes_and_reasons():
+    text = explain(derive(block(), abstract(fsdp=2, tensor=4), EXAMPLE), "up.kernel")
+    assert "P(fsdp, tensor)  by the store + pair rule" in text
+    assert "256 B of 2 KiB per device" in text
+    assert "(32, inner) tensor: inner: up.kernel produce" in text
+    assert "(16, residual) fsdp: the largest dimension left that divides by fsdp=2" in text
+
+
+def test_explain_says_why_something_stays_whole():
+    layout = derive(block(), abstract(fsdp=7, tensor=5), EXAMPLE)
+    text = explain(layout, "up.kernel")
+    assert "32 inner features do not divide over tensor=5; 32 does not divide by fsdp=7" in text
+    assert "a vector" in explain(layout, "norm.scale")
+
+
+def test_explain_knows_the_nearest_name():
+    with pytest.raises(ShardingError, match=r"no parameter is named 'up.kernl'; nearest are up.kernel"):
+        explain(derive(block(), abstract(fsdp=2), EXAMPLE), "up.kernl")
+
+
+def test_the_table_lists_every_parameter():
+    layout = derive(block(), abstract(fsdp=2, tensor=4), EXAMPLE)
+    console = Console(width=160, file=io.StringIO())
+    console.print(layout.table())
+    text = console.file.getvalue()
+    assert all(row.name in text for row in layout.rows)
+    assert "fsdp=2 tensor=4" in text
+
+
+class Odd(nnx.Module):
+    def __init__(self):
+        self.matrix = nnx.Param(jnp.zeros((8, 8)))
+        self.unused = nnx.Param(jnp.zeros((8, 8)))
+
+    def __call__(self, x):
+        return jnp.linalg.qr(x @ self.matrix)[0] if x.ndim == 2 else x
+
+
+def test_a_primitive_without_a_rule_ties_nothing_and_is_reported():
+    layout = derive(Odd(), abstract(fsdp=2), jax.ShapeDtypeStruct((8, 8), jnp.float32))
+    assert layout.unknown
+    assert layout.row("unused").spec == PartitionSpec("fsdp", None)
+
+
+def test_a_module_without_parameters_has_an_empty_layout():
+    class Nothing(nnx.Module):
+        def __call__(self, x):
+            return x
+
+    layout = derive(Nothing(), abstract(fsdp=2), EXAMPLE)
+    assert layout.rows == () and layout.bytes_per_device == 0
+    assert np.array_equal(jax.tree.leaves(layout.specs), [])

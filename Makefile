@@ -22,7 +22,7 @@ help: ## this list
 quickstart: $(VENV)/.installed-run ## answer with a real model through a server, train one, serve that (under 4 minutes on 2 cores)
 	@$(PY) -m meshloom.quickstart $(ARGS)
 
-setup: $(VENV)/.installed-dev ## everything for development, into $(VENV)
+setup: $(VENV)/.installed-dev ## everything for development, into .venv
 
 test: $(VENV)/.installed-dev ## all tests but the slow ones; ARGS="-k name" is handed to pytest
 	$(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow" -q $(ARGS)
@@ -42,7 +42,7 @@ format: $(VENV)/.installed-dev ## put the source into the one format
 bench: $(VENV)/.installed-run ## output tokens/s of 32 requests, 128 tokens in and 64 out, on this machine
 	$(PY) -m meshloom.cli bench serve --offline --model smollm2 --requests 32 --input-len 128 --output-len 64 --json $(ARGS)
 
-clean: ## remove $(VENV), build products and caches (not runs/)
+clean: ## remove .venv, build products and caches (not runs/)
 	rm -rf $(VENV) build dist meshloom.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

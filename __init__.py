@@ -1,6 +1,7 @@
 """Meshloom: a compiler-centric runtime for large language models on JAX/XLA.
 
-One model, written once, is trained and served; its sharding is derived from the traced program. Importing this package is cheap and starts
+One model, written once, is trained and served; its sharding is derived from the traced program. Importing this
+package is cheap and starts
 no JAX backend: names are loaded when they are first used.
 
     import meshloom

@@ -25,7 +25,8 @@ def cache_folder() -> pathlib.Path:
 def enable_compilation_cache(folder: str | pathlib.Path | None = None) -> pathlib.Path:
     """Keeps compiled programs on disk, so that a restart does not compile again. Returns the folder.
 
-    A folder that JAX_COMPILATION_CACHE_DIR already names is kept. Programs that took less than 0.2 s are not worth a file.
+    A folder that JAX_COMPILATION_CACHE_DIR already names is kept. Programs that took less than 0.2 s are not worth a
+    file.
     """
     current = jax.config.jax_compilation_cache_dir
     target = pathlib.Path(folder or current or cache_folder() / "xla")
@@ -35,7 +36,7 @@ def enable_compilation_cache(folder: str | pathlib.Path | None = None) -> pathli
 
 
 def compile_ahead(function: Callable[..., Any], *arguments: Any, **jit_options: Any) -> jax.stages.Compiled:
-    """Compiles `function` for arguments given as arrays or `jax.ShapeDtypeStruct`s; calling the result never compiles."""
+    """Compiles `function` for arguments given as arrays or `ShapeDtypeStruct`s; calling the result never compiles."""
     return jax.jit(function, **jit_options).lower(*arguments).compile()
 
 

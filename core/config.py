@@ -11,11 +11,9 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 from meshloom.core.errors import ConfigError
-
-T = TypeVar("T")
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -42,7 +40,7 @@ def _plain(value: Any) -> Any:
     return value.value if isinstance(value, enum.Enum) else value
 
 
-def from_dict(cls: type[T], data: dict[str, Any], *, where: str = "config", base: T | None = None) -> T:
+def from_dict[T](cls: type[T], data: Any, *, where: str = "config", base: T | None = None) -> T:
     """Builds a dataclass from plain data.
 
     Args:
@@ -70,7 +68,7 @@ def from_dict(cls: type[T], data: dict[str, Any], *, where: str = "config", base
     return cls(**values)
 
 
-def load_toml(cls: type[T], path: str | pathlib.Path, *, base: T | None = None) -> T:
+def load_toml[T](cls: type[T], path: str | pathlib.Path, *, base: T | None = None) -> T:
     """Reads a dataclass from a TOML file; keys as in `from_dict`.
 
     Raises:
@@ -98,7 +96,9 @@ def _convert(hint: Any, value: Any, where: str, current: Any = None) -> Any:
         if value in arguments:
             return value
         hint_text = nearest(value, [str(a) for a in arguments]) if isinstance(value, str) else ""
-        raise ConfigError(f"{where} must be one of {', '.join(map(repr, arguments))}; got {value!r} {hint_text}".rstrip())
+        raise ConfigError(
+            f"{where} must be one of {', '.join(map(repr, arguments))}; got {value!r} {hint_text}".rstrip()
+        )
     if origin in (tuple, list) and isinstance(value, list | tuple):
         return _convert_sequence(origin, arguments, value, where)
     if origin is dict and isinstance(value, dict):

@@ -1,7 +1,7 @@
 """FLOPs of a traced program, counted from its jaxpr.
 
-XLA's `cost_analysis` counts a scan's body once; here it counts as often as it runs. Products count 2 FLOPs per multiply-add; elementwise
-work is left out, as in every published MFU.
+XLA's `cost_analysis` counts a scan's body once; here it counts as often as it runs. Products count 2 FLOPs per
+multiply-add; elementwise work is left out, as in every published MFU.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ class FlopCount:
     def __add__(self, other: "FlopCount") -> "FlopCount":
         return FlopCount(self.flops + other.flops, self.unknown_loops + other.unknown_loops)
 
-    def times(self, count: float) -> "FlopCount":
+    def times(self, count: int) -> "FlopCount":
         """The same work `count` times over."""
         return FlopCount(self.flops * count, self.unknown_loops)
 

@@ -125,10 +125,9 @@ CHIPS = {
 }
 
 
-def chip_of(device: jax.Device) -> Chip | None:
-    """The table row of a device, or None for a CPU or a chip that is not in the table."""
-    kind = device.device_kind.lower()
-    return next((chip for chip in CHIPS.values() if kind in chip.kinds), None)
+def chip_of_kind(kind: str) -> Chip | None:
+    """The table row of a `jax.Device.device_kind`, or None for a CPU or a chip that is not in the table."""
+    return next((chip for chip in CHIPS.values() if kind.lower() in chip.kinds), None)
 
 
 def chip_named(name: str) -> Chip:
@@ -143,7 +142,7 @@ def peak_flops(devices: list[jax.Device], dtype: str) -> float:
 
     Simulated CPU devices share one processor, so their number does not count.
     """
-    chip = chip_of(devices[0])
+    chip = chip_of_kind(devices[0].device_kind)
     if chip is None:
         return measured_peak_flops(dtype)
     if dtype not in chip.flops:
@@ -153,7 +152,7 @@ def peak_flops(devices: list[jax.Device], dtype: str) -> float:
 
 @functools.cache
 def measured_peak_flops(dtype: str) -> float:
-    """FLOP/s of the best of five 1024 x 1024 x 1024 products on the first local device; about 0.2 s with its compile."""
+    """FLOP/s of the best of five 1024 x 1024 x 1024 products on the first local device; 0.2 s with its compile."""
     size = 1024
     x = jax.device_put(jnp.ones((size, size), dtype), jax.local_devices()[0])
     product = jax.jit(jnp.matmul)

@@ -9,7 +9,7 @@ import re
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from meshloom.core.config import nearest
 from meshloom.core.errors import ConfigError, ShardingError
@@ -108,7 +108,9 @@ def parse_mesh(text: str) -> dict[str, int]:
     for part in text.split(","):
         name, _, size = (piece.strip() for piece in part.partition("="))
         if not re.fullmatch(r"-1|\d+", size):
-            raise ShardingError(f'a mesh is axis=size pairs such as "fsdp=4,tensor=2"; got {part.strip()!r} in {text!r}')
+            raise ShardingError(
+                f'a mesh is axis=size pairs such as "fsdp=4,tensor=2"; got {part.strip()!r} in {text!r}'
+            )
         if name in sizes:
             raise ShardingError(f"axis {name!r} stands twice in {text!r}")
         sizes[name] = int(size)
@@ -119,25 +121,37 @@ def make_mesh(axes: str | dict[str, int], devices: list[jax.Device] | None = Non
     """A mesh over `devices` (default: all of JAX's).
 
     Args:
-        axes: sizes by axis name, as a dict or "fsdp=4,tensor=2"; names out of data, fsdp, expert, tensor; one size may be
+        axes: sizes by axis name, as a dict or "fsdp=4,tensor=2"; names out of data, fsdp, expert, tensor; one size
+            may be
             -1 and takes the remaining devices.
     Raises:
         ShardingError: unknown axis, or sizes whose product is not the number of devices; names both.
     """
-    sizes = parse_mesh(axes) if isinstance(axes, str) else dict(axes)
     devices = jax.devices() if devices is None else devices
+    sizes = _sizes(axes, len(devices))
+    grid = np.asarray(devices).reshape(list(sizes.values()))
+    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def abstract_mesh(axes: str | dict[str, int], count: int) -> AbstractMesh:
+    """A mesh over `count` devices that need not exist, to plan for; axes and errors as in `make_mesh`."""
+    sizes = _sizes(axes, count)
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def _sizes(axes: str | dict[str, int], count: int) -> dict[str, int]:
+    """Checked sizes by axis name, outermost first, whose product is `count`."""
+    sizes = parse_mesh(axes) if isinstance(axes, str) else dict(axes)
     for name, size in sizes.items():
         if name not in AXES:
             raise ShardingError(f"unknown mesh axis {name!r}; {nearest(name, AXES)}")
         if size < 1 and size != -1:
             raise ShardingError(f"mesh axis {name!r} must have at least 1 device; got {size}")
-    sizes = _fill_rest(sizes, len(devices))
+    sizes = _fill_rest(sizes, count)
     product = math.prod(sizes.values())
-    if product != len(devices):
-        raise ShardingError(f"mesh {sizes} needs {product} devices; there are {len(devices)}")
-    names = [name for name in AXES if name in sizes]
-    grid = np.asarray(devices).reshape([sizes[name] for name in names])
-    return Mesh(grid, tuple(names), axis_types=(AxisType.Auto,) * len(names))
+    if product != count:
+        raise ShardingError(f"mesh {sizes} needs {product} devices; there are {count}")
+    return {name: sizes[name] for name in AXES if name in sizes}
 
 
 def _fill_rest(sizes: dict[str, int], count: int) -> dict[str, int]:

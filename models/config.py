@@ -1,7 +1,7 @@
 """What a transformer is, in numbers: the frozen configuration that every family maps to.
 
-A configuration describes the architecture only. It knows nothing of meshes, devices, kernels or files; `families/` translates
-Hugging Face and GGUF metadata to and from it.
+A configuration describes the architecture only. It knows nothing of meshes, devices, kernels or files; `families/`
+translates Hugging Face and GGUF metadata to and from it.
 """
 
 import dataclasses
@@ -76,7 +76,8 @@ class RopeConfig:
                 return frequencies / jnp.asarray(factors, jnp.float32)
 
     def _llama3(self, frequencies: Float[Array, "half"]) -> Float[Array, "half"]:
-        # Wavelengths longer than context/low are divided by `factor`, shorter than context/high are kept, between: a ramp.
+        # Wavelengths longer than context/low are divided by `factor`, shorter than context/high are kept,
+        # between: a ramp.
         turns = self.original_context * frequencies / (2 * math.pi)
         span = self.high_frequency_factor - self.low_frequency_factor
         keep = jnp.clip((turns - self.low_frequency_factor) / span, 0.0, 1.0)
@@ -138,10 +139,13 @@ class DecoderConfig:
         shared_norm: with `parallel`, both read one norm (GPT-J).
         rope: rotary embedding, or None. learned_positions: rows of a learned table, or 0; position_offset: first row
             used (OPT 2).
-        qkv_bias, out_bias, mlp_bias, unembed_bias: which projections have a bias. qk_norm: RMS norm of q and k per head.
-        attention_scale: multiplies q @ k; None is head_dim ** -0.5. attention_soft_cap, logit_soft_cap: c * tanh(x / c).
+        qkv_bias, out_bias, mlp_bias, unembed_bias: which projections have a bias. qk_norm: RMS norm of q and k per
+            head.
+        attention_scale: multiplies q @ k; None is head_dim ** -0.5. attention_soft_cap, logit_soft_cap: c * tanh(x /
+            c).
         embed_scale: multiplies token embeddings.
-        window: sliding-window width in tokens; global_every: with a window, every n-th layer attends globally (Gemma 2: 2,
+        window: sliding-window width in tokens; global_every: with a window, every n-th layer attends globally (Gemma
+            2: 2,
             Gemma 3: 6; 0 none); local_rope: rope of the windowed layers when it differs.
         window_from: first layer that slides (Qwen's max_window_layers).
         moe: mixture of experts, or None. tie_embeddings: unembed with the embedding table.
@@ -265,7 +269,9 @@ class EncoderDecoderConfig:
             if getattr(self, name) < 1:
                 raise ModelError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.position_buckets % 4:
-            raise ModelError(f"position_buckets must be a multiple of 4 (two signs, exact half); got {self.position_buckets}")
+            raise ModelError(
+                f"position_buckets must be a multiple of 4 (two signs, exact half); got {self.position_buckets}"
+            )
 
 
 ModelConfig = DecoderConfig | EncoderDecoderConfig

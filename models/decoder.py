@@ -1,7 +1,8 @@
 """The decoder-only transformer, written once for training, prefill and decode.
 
-The same `__call__` takes whole rows, packed documents or a ragged step over a paged cache. It knows no mesh, no platform and no kernel:
-sharding is derived from its trace, and kernels are chosen behind `attention` and `paged_attention`.
+The same `__call__` takes whole rows, packed documents or a ragged step over a paged cache. It knows no mesh, no
+platform and no kernel: sharding is derived from its trace, and kernels are chosen behind `attention` and
+`paged_attention`.
 
 Shape legend: B batch, T tokens, R rows whose logits are wanted, D model, V vocab.
 """
@@ -105,7 +106,7 @@ class Decoder(nnx.Module):
         if self.config.embed_scale != 1.0:
             x = x * jnp.asarray(self.config.embed_scale, x.dtype)
         if self.positions is not None:
-            x = x + self.positions(positions_of(tokens, layout) + self.config.position_offset)
+            x = x + self.positions(positions_of(tokens.shape, layout) + self.config.position_offset)
         x, cache = self.layers(x, layout, cache)
         if rows is not None:
             x = x[rows]

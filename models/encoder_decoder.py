@@ -1,7 +1,7 @@
 """The encoder-decoder transformer with relative position biases (T5), from the same layers as the decoder-only model.
 
-The encoder reads whole rows; the decoder takes the same layouts as `Decoder`, a ragged step over a paged cache included, and reads the
-encoder's output through cross-attention.
+The encoder reads whole rows; the decoder takes the same layouts as `Decoder`, a ragged step over a paged cache
+included, and reads the encoder's output through cross-attention.
 
 Shape legend: B batch, T tokens, S sequences of a ragged step, L encoder length, N heads, H head dim, D model, V vocab.
 """
@@ -20,6 +20,7 @@ from meshloom.models.layers import MLP, Linear, RMSNorm, normal_param
 from meshloom.models.sequence import Layout, attend
 from meshloom.models.stack import Cache, LayerStack
 from meshloom.pallas_kernels import KVPages, Mask, Ragged, attention
+from meshloom.pallas_kernels.attention.spec import Leaf
 
 
 @jax.tree_util.register_dataclass
@@ -27,27 +28,27 @@ from meshloom.pallas_kernels import KVPages, Mask, Ragged, attention
 class Memory:
     """The encoder's output for each sequence, and how much of each row is not padding (None: all of it)."""
 
-    hidden: Float[Array, "S L D"]
-    lens: Int[Array, "S"] | None
+    hidden: Float[Array, "S L D"] | Leaf
+    lens: Int[Array, "S"] | Leaf | None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _EncoderCall:
-    mask: Mask
-    bias: Float[Array, "1 N L L"]
+    mask: Mask | Leaf
+    bias: Float[Array, "1 N L L"] | Leaf
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _DecoderCall:
-    layout: Layout
-    memory: Memory
-    distance_bias: Float[Array, "N distances"]
+    layout: Layout | Leaf
+    memory: Memory | Leaf
+    distance_bias: Float[Array, "N distances"] | Leaf
 
 
 class RelativeBias(nnx.Module):
-    """A learned bias per head and bucketed relative distance (Raffel et al. 2020, section 2.1), shared by all layers."""
+    """A learned bias per head and bucket of relative distance (Raffel et al. 2020, section 2.1), for all layers."""
 
     def __init__(self, config: EncoderDecoderConfig, *, rngs: nnx.Rngs, dtype):
         self.weight = normal_param(rngs, (config.position_buckets, config.n_heads), config.init_scale, dtype)
@@ -57,7 +58,9 @@ class RelativeBias(nnx.Module):
         """Half the buckets are exact distances, the other half logarithmic up to `max_distance`."""
         exact = buckets // 2
         ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / math.log(self.max_distance / exact)
-        return jnp.where(distance < exact, distance, jnp.minimum(exact + (ratio * (buckets - exact)).astype(int), buckets - 1))
+        return jnp.where(
+            distance < exact, distance, jnp.minimum(exact + (ratio * (buckets - exact)).astype(int), buckets - 1)
+        )
 
     def causal(self) -> Float[Array, "N distances"]:
         """Bias of the key d tokens back, d = 0..max_distance (all farther ones share the last)."""

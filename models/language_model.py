@@ -29,6 +29,7 @@ from meshloom.models.weights import count_parameters, replacing, save_weights, w
 Placement = Callable[[nnx.Module, tuple[Any, ...]], Any]
 
 Tokens = Int[Array, "B T"] | Int[np.ndarray, "B T"]
+DecoderTokens = Int[Array, "B U"] | Int[np.ndarray, "B U"]
 
 
 class LanguageModel:
@@ -49,17 +50,20 @@ class LanguageModel:
         graphdef, _ = nnx.split(module)
         self._forward = jax.jit(lambda state, *tokens: nnx.merge(graphdef, state)(*tokens)[0])
 
-    def logits(self, tokens: Tokens, *decoder_tokens: Tokens) -> Float[Array, "B T V"]:
-        """Next-token logits at every position, float32.
+    def logits(self, tokens: Tokens, decoder_tokens: DecoderTokens | None = None) -> Float[Array, "B _ V"]:
+        """Next-token logits at every position, float32 `[B, T, V]`.
 
         Args:
             tokens: int32 ids; for an encoder-decoder those of the encoder.
             decoder_tokens: for an encoder-decoder, int32 ids of the decoder, whose positions the logits are of.
+        Raises:
+            ModelError: decoder tokens missing for an encoder-decoder, or given to a decoder.
         """
+        given = [tokens] if decoder_tokens is None else [tokens, decoder_tokens]
         wanted = len(self.module.example_inputs())
-        if 1 + len(decoder_tokens) != wanted:
-            raise ModelError(f"logits of a {self.config.family} model take {wanted} token arrays; got {1 + len(decoder_tokens)}")
-        return self._forward(nnx.state(self.module), *(jnp.asarray(ids) for ids in (tokens, *decoder_tokens)))
+        if len(given) != wanted:
+            raise ModelError(f"logits of a {self.config.family} model take {wanted} token arrays; got {len(given)}")
+        return self._forward(nnx.state(self.module), *map(jnp.asarray, given))
 
     def save(self, folder: str | pathlib.Path) -> None:
         """Write safetensors, config.json, generation_config.json and the tokenizer, as transformers opens them.

@@ -1,7 +1,8 @@
 """The layers every family is made of: linear, norms, rotary embedding, attention, MLP and mixture of experts.
 
-A layer computes in the dtype of its weights, with norms, softmax and routing in float32. Linear weights are `[out, in]`: the order of
-Hugging Face files, and the one in which a one-row product runs at memory speed on a CPU (50 GB/s; the transpose: a third).
+A layer computes in the dtype of its weights, with norms, softmax and routing in float32. Linear weights are `[out,
+in]`: the order of Hugging Face files, and the one in which a one-row product runs at memory speed on a CPU (50 GB/s;
+the transpose: a third).
 
 Shape legend: B batch, T tokens, N heads, K kv heads, H head dim, D model, F inner, E experts, V vocab.
 """
@@ -129,15 +130,13 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "*rows D"], layout: Layout, pages: KVPages | None
     ) -> tuple[Float[Array, "*rows D"], KVPages | None]:
-        q, k, v = (
-            project(x).reshape(*x.shape[:-1], -1, self.head_dim) for project in (self.q, self.k, self.v)
-        )
+        q, k, v = (project(x).reshape(*x.shape[:-1], -1, self.head_dim) for project in (self.q, self.k, self.v))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:
-            tokens = x[..., 0]
-            positions = positions_of(tokens, layout)
-            capacity = capacity_of(tokens, layout, 0 if pages is None else pages.k.shape[1])
+            rows = x.shape[:-1]
+            positions = positions_of(rows, layout)
+            capacity = capacity_of(rows, layout, 0 if pages is None else pages.k.shape[1])
             q, k = (rotate(each, positions, self.rope, capacity) for each in (q, k))
         y, pages = attend(q, k, v, layout, pages, window=self.window, scale=self.scale, soft_cap=self.soft_cap)
         return self.out(y.reshape(*x.shape[:-1], -1)), pages
@@ -190,9 +189,7 @@ class MoE(nnx.Module):
     No row is dropped, so the output of a token does not depend on its neighbours (Gale et al. 2022, MegaBlocks).
     """
 
-    def __init__(
-        self, d_model: int, moe: MoEConfig, *, activation: Activation, scale: float, rngs: nnx.Rngs, dtype
-    ):
+    def __init__(self, d_model: int, moe: MoEConfig, *, activation: Activation, scale: float, rngs: nnx.Rngs, dtype):
         def experts(d_in: int, d_out: int) -> ExpertWeights:
             return ExpertWeights(moe.n_experts, d_in, d_out, scale=scale, rngs=rngs, dtype=dtype)
 

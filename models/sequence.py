@@ -1,7 +1,8 @@
 """How the tokens of one call lie, and what that means for positions and attention.
 
-Three layouts, one `attend`: rows of whole sequences `[B, T]` (layout None), packed documents in rows (`Packed`), and a ragged step over a
-paged cache with rows `[T]` of many sequences (`Ragged`). Layers call `attend` and never ask which one it is.
+Three layouts, one `attend`: rows of whole sequences `[B, T]` (layout None), packed documents in rows (`Packed`), and
+a ragged step over a paged cache with rows `[T]` of many sequences (`Ragged`). Layers call `attend` and never ask
+which one it is.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from meshloom.pallas_kernels import KVPages, Mask, Ragged, attention, paged_attention
+from meshloom.pallas_kernels.attention.spec import Leaf
 
 
 @jax.tree_util.register_dataclass
@@ -18,27 +20,27 @@ from meshloom.pallas_kernels import KVPages, Mask, Ragged, attention, paged_atte
 class Packed:
     """Several documents in one row: `segment_ids` numbers them (0 is padding), `positions` restart in each."""
 
-    segment_ids: Int[Array, "B T"]
-    positions: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"] | Leaf
+    positions: Int[Array, "B T"] | Leaf
 
 
 Layout = Packed | Ragged | None
 
 
-def positions_of(tokens: Int[Array, "*rows"], layout: Layout) -> Int[Array, "*rows"]:
-    """Position of every token in its own sequence, int32, shaped like `tokens`."""
+def positions_of(rows: tuple[int, ...], layout: Layout) -> Int[Array, "*rows"]:
+    """Position of every token in its own sequence, int32, of shape `rows`: (B, T), or (T,) for a ragged step."""
     match layout:
         case None:
-            return jnp.broadcast_to(jnp.arange(tokens.shape[-1], dtype=jnp.int32), tokens.shape)
+            return jnp.broadcast_to(jnp.arange(rows[-1], dtype=jnp.int32), rows)
         case Packed():
             return layout.positions
         case Ragged():
-            return layout.positions(tokens.shape[0])
+            return layout.positions(rows[0])
 
 
-def capacity_of(tokens: Int[Array, "*rows"], layout: Layout, page_size: int) -> int:
+def capacity_of(rows: tuple[int, ...], layout: Layout, page_size: int) -> int:
     """Longest sequence this program could meet, in tokens; static, so that no result depends on the batch."""
-    return layout.capacity * page_size if isinstance(layout, Ragged) else tokens.shape[-1]
+    return layout.capacity * page_size if isinstance(layout, Ragged) else rows[-1]
 
 
 def attend(

@@ -1,8 +1,8 @@
 """A column of layers, unrolled or scanned, over the same weights.
 
-Unrolled: one set of weights and one KV array per layer; decodes twice as fast on a CPU. Scanned: layers whose static description repeats
-with some period are stacked along a leading axis and `lax.scan` runs over the repeats, so that compile time does not grow with depth;
-what is left over after the last whole repeat is unrolled behind it.
+Unrolled: one set of weights and one KV array per layer; decodes twice as fast on a CPU. Scanned: layers whose static
+    description repeats with some period are stacked along a leading axis and `lax.scan` runs over the repeats, so
+    that compile time does not grow with depth; what is left over after the last whole repeat is unrolled behind it.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from meshloom.pallas_kernels import KVPages
+from meshloom.pallas_kernels.attention.spec import Leaf
 
 Remat = Literal["none", "full", "dots"]
 
@@ -24,12 +25,12 @@ class Cache:
     """Paged cache of a layer stack: one stacked `[repeats, P, page, K, H]` entry per scanned layer of the period, then
     one entry per unrolled layer. Opaque to everyone but the stack; a pytree whose structure never changes."""
 
-    scanned: tuple[KVPages, ...]
-    unrolled: tuple[KVPages, ...]
+    scanned: tuple[KVPages, ...] | Leaf
+    unrolled: tuple[KVPages, ...] | Leaf
 
 
 class LayerStack(nnx.Module):
-    """Runs `n_layers` layers made by `make_layer(index, rngs)`; each is called as `layer(x, shared, pages) -> (x, pages)`."""
+    """Runs `n_layers` layers made by `make_layer(index, rngs)`, each called `layer(x, shared, pages) -> (x, pages)`."""
 
     def __init__(
         self,
@@ -45,7 +46,7 @@ class LayerStack(nnx.Module):
 
         def stacked(index: int) -> nnx.Module:
             make = nnx.vmap(lambda each: make_layer(index, each), in_axes=0, out_axes=0)
-            return make(rngs.fork(split=repeats))
+            return make(rngs.split(repeats))
 
         self.scanned = nnx.List([stacked(i) for i in range(period)] if repeats else [])
         self.unrolled = nnx.List([make_layer(i, rngs) for i in range(repeats * period, n_layers)])
@@ -103,7 +104,7 @@ class LayerStack(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Where one canonical parameter lives: the path of a state leaf, and its index along that leaf's stack axis, if any."""
+    """Where one canonical parameter lives: the path of a state leaf, and its index along that leaf's stack axis."""
 
     path: tuple[str | int, ...]
     index: int | None
@@ -113,8 +114,8 @@ class Slot:
 def parameter_slots(module: nnx.Module) -> dict[str, Slot]:
     """Canonical (unrolled) name of every parameter -> where it lives in `module`, which may be abstract.
 
-    `layers.5.mlp.up.weight` is `layers.unrolled[5]` in an unrolled model and row `5 // period` of `layers.scanned[5 % period]` in a
-    scanned one.
+    `layers.5.mlp.up.weight` is `layers.unrolled[5]` in an unrolled model and row `5 // period` of `layers.scanned[5 %
+    period]` in a scanned one.
     """
     slots = {}
     stacks = {path: node for path, node in nnx.iter_graph(module) if isinstance(node, LayerStack)}

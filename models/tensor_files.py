@@ -10,7 +10,7 @@ import json
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -40,6 +40,7 @@ DTYPES: dict[str, np.dtype] = {
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
+@runtime_checkable
 class TensorSource(Protocol):
     """Where weights come from: names with shapes, tensors on request, and what is wrong with the files."""
 

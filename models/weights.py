@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from meshloom.core.errors import CheckpointError
 from meshloom.models.stack import parameter_slots
@@ -103,9 +103,10 @@ def _match(
     return {name: names[name] for name in order}
 
 
-def _sharding(shardings: Any, path: Path) -> jax.sharding.Sharding:
+def _sharding(shardings: Any, path: Path) -> NamedSharding | None:
+    """Where a leaf goes; None is the default device, not committed to it, so that it mixes with arrays anywhere."""
     if shardings is None:
-        return SingleDeviceSharding(jax.local_devices()[0])
+        return None
     node = shardings
     for key in path:
         node = node[key]
@@ -113,7 +114,7 @@ def _sharding(shardings: Any, path: Path) -> jax.sharding.Sharding:
 
 
 @functools.lru_cache
-def _zeros(shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding) -> Callable[[], jax.Array]:
+def _zeros(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding | None) -> Callable[[], jax.Array]:
     """A program that makes zeros where they will stay; one per shape, not per parameter."""
     return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)
 
@@ -126,8 +127,9 @@ def _write(array: jax.Array, piece: jax.Array, leading: tuple[jax.Array, ...]) -
 
 def _fill(array: jax.Array, piece: np.ndarray, leading: tuple[int, ...]) -> jax.Array:
     """`array` with `piece` at `array[leading]`, in place."""
-    sharding = array.sharding
-    if isinstance(sharding, NamedSharding):
+    sharding = None
+    if isinstance(array.sharding, NamedSharding):
+        sharding = array.sharding
         spec = (*sharding.spec, *(None,) * (array.ndim - len(sharding.spec)))
         sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec[len(leading) :]))
     # device_put copies only what each device keeps. Waiting bounds the host memory to this one tensor: transfers run ahead otherwise.

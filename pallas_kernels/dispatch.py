@@ -1,7 +1,8 @@
 """Which implementation of an op runs, as a table that can be printed.
 
-Every op lists its implementations in order of preference. Each one answers `why_not(spec, target)` with a reason or None; the first
-that has no reason runs. Selection happens while tracing, from shapes and the mesh alone; it never looks at `jax.devices()`.
+Every op lists its implementations in order of preference. Each one answers `why_not(spec, target)` with a reason or
+None; the first that has no reason runs. Selection happens while tracing, from shapes and the mesh alone; it never
+looks at `jax.devices()`.
 """
 
 import dataclasses

@@ -1,6 +1,7 @@
 """How fast the engine serves: random prompts of one length, greedy, a fixed number of tokens each, all at once.
 
-Times are those of the engine in this process (offline): no HTTP, no text to encode. Compilation and a warm-up are not measured.
+Times are those of the engine in this process (offline): no HTTP, no text to encode. Compilation and a warm-up are not
+measured.
 """
 
 import time

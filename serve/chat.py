@@ -1,6 +1,7 @@
 """A chat in the terminal, over an engine in this process.
 
-Guarantees that Ctrl-C ends an answer and not the chat, and that it works the same with input from a pipe: one line, one turn.
+Guarantees that Ctrl-C ends an answer and not the chat, and that it works the same with input from a pipe: one line,
+one turn.
 """
 
 import contextlib
@@ -42,7 +43,7 @@ class Conversation:
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
     def answer(self, text: str) -> Iterator[tuple[str, int]]:
-        """Pieces of the answer to `text`, each with its token count; what was said is kept even if the caller stops early."""
+        """Pieces of the answer, each with its token count; what was said is kept even if the caller stops early."""
         tokenizer, config = self._engine.lm.tokenizer, self._config
         asked = [*self.messages, {"role": "user", "content": text}]
         prompt = tokenizer.encode(tokenizer.apply_chat_template(asked), add_special=False)
@@ -64,9 +65,9 @@ class Conversation:
             self.messages = [*asked, {"role": "assistant", "content": said}]
 
 
-def chat(lm: LanguageModel, config: ChatConfig = ChatConfig(), *, console: Console | None = None) -> None:
+def chat(lm: LanguageModel, config: ChatConfig | None = None, *, console: Console | None = None) -> None:
     """Read turns from standard input until it ends."""
-    console = console or Console(highlight=False)
+    config, console = config or ChatConfig(), console or Console(highlight=False)
     with Engine(lm, config.engine) as engine:
         conversation = Conversation(engine, config)
         console.print("[dim]Type a message, /help for commands, Ctrl-D to leave.[/dim]")
@@ -159,7 +160,9 @@ def _save(name: str, conversation: Conversation, console: Console) -> None:
         console.print("/save needs a file name", markup=False)
         return
     try:
-        pathlib.Path(name).write_text(json.dumps(conversation.messages, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        pathlib.Path(name).write_text(
+            json.dumps(conversation.messages, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     except OSError as error:
         console.print(f"cannot write {name}: {error.strerror}", markup=False)
     else:

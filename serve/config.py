@@ -1,7 +1,7 @@
 """What can be set about serving: the engine's sizes, the server, the chat and the benchmark.
 
-The defaults run a small model on a laptop: 32 sequences, 1 GiB of cache, five programs. Imports neither jax nor a web framework,
-so that a command line can show its help at once.
+The defaults run a small model on a laptop: 32 sequences, 0.5 GiB of cache, five programs. Imports neither jax nor a
+web framework, so that a command line can show its help at once.
 """
 
 import dataclasses
@@ -12,22 +12,24 @@ from meshloom.core.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """Attributes:
+    """Sizes of the engine.
+
+    Attributes:
         max_num_seqs: most sequences that advance in one step.
-        buckets: token counts of the compiled step programs, ascending; a step is padded to the next one. The last is the
-            token budget of a step: larger is faster on prompts and slower for streams that decode meanwhile.
+        buckets: token counts of the compiled step programs, ascending; a step is padded to the next one. The last is
+            the token budget of a step: larger is faster on prompts and slower for streams that decode meanwhile.
         page_size: tokens per KV page.
         kv_cache_memory: GiB for keys and values of all layers; less is taken when the model cannot use it.
         num_pages: pages outright, instead of `kv_cache_memory`.
         cache_dtype: element type of the cache; "model" is that of the weights.
-        max_model_len: longest prompt + output in tokens; None = the model's context, if the cache holds one such sequence,
-            else what the cache holds.
+        max_model_len: longest prompt + output in tokens; None = the model's context, if the cache holds one such
+            sequence, else what the cache holds.
     """
 
     max_num_seqs: int = 32
     buckets: tuple[int, ...] = (1, 8, 32, 128, 512)
     page_size: int = 16
-    kv_cache_memory: float = 1.0
+    kv_cache_memory: float | int = 0.5
     num_pages: int | None = None
     cache_dtype: Literal["model", "float32", "bfloat16"] = "model"
     max_model_len: int | None = None
@@ -56,7 +58,9 @@ class EngineConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ServeConfig:
-    """Attributes:
+    """The HTTP server.
+
+    Attributes:
         host: address to listen on; 0.0.0.0 for every interface.
         port: port, or 0 for a free one.
         model_name: what clients call the model.
@@ -85,19 +89,23 @@ class ServeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ChatConfig:
-    """Attributes:
+    """A chat in the terminal.
+
+    Attributes:
         system: system message; None leaves it to the model's template.
         max_tokens: longest answer, in tokens; less when the context is nearly full.
-        temperature, top_p, seed: as in `SamplingParams`.
+        temperature: 0 is greedy; otherwise logits are divided by it.
+        top_p: keep the most likely tokens whose mass reaches this share; 1 keeps all.
+        seed: makes answers repeatable; None draws a fresh one.
         kv_cache_memory: GiB of cache for the one conversation.
     """
 
     system: str | None = None
     max_tokens: int = 512
-    temperature: float = 0.7
-    top_p: float = 0.9
+    temperature: float | int = 0.7
+    top_p: float | int = 0.9
     seed: int | None = None
-    kv_cache_memory: float = 0.5
+    kv_cache_memory: float | int = 0.5
 
     def __post_init__(self):
         object.__setattr__(self, "temperature", float(self.temperature))
@@ -113,11 +121,14 @@ class ChatConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BenchServeConfig:
-    """Attributes:
+    """The serving benchmark.
+
+    Attributes:
         model: what to load, as for `meshloom serve`.
         offline: call the engine in this process; the only way yet.
         requests: prompts, submitted at once; 1 measures a single stream.
-        input_len, output_len: tokens per prompt and per answer.
+        input_len: tokens per prompt.
+        output_len: tokens per answer.
         seed: of the random prompts.
         engine: sizes of the engine.
     """

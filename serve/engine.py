@@ -1,8 +1,9 @@
 """Continuous batching over one model: requests in from any thread, deltas out as tokens are made.
 
-Guarantees that every submitted request ends with exactly one delta that carries a `finish_reason`, whatever happens: a step that
-raises fails the requests in it with the reason, an abort returns the pages before the next step, and the worker cannot
-die without telling. The worker thread lives while there is work, so an idle engine costs nothing and can be garbage-collected.
+Guarantees that every submitted request ends with exactly one delta that carries a `finish_reason`, whatever happens: a
+step that raises fails the requests in it with the reason, an abort returns the pages before the next step, and the
+worker cannot die without telling. The worker thread lives while there is work, so an idle engine costs nothing and can
+be garbage-collected.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequenc
 
 import jax.numpy as jnp
 
+from meshloom.core.compile import compile_count
 from meshloom.core.errors import MeshloomError, ModelError, RequestError
 from meshloom.models.config import DecoderConfig
 from meshloom.models.language_model import LanguageModel
@@ -32,6 +34,8 @@ from meshloom.sharding import derive
 logger = logging.getLogger("meshloom.serve")
 
 Prompt = str | Sequence[int]
+
+GREEDY = SamplingParams()
 Emit = Callable[[Delta], None]
 
 
@@ -63,7 +67,9 @@ class Engine:
         ConfigError: sizes that do not go together.
     """
 
-    def __init__(self, lm: LanguageModel, config: EngineConfig | None = None, *, name: str = "meshloom", quiet: bool = False):
+    def __init__(
+        self, lm: LanguageModel, config: EngineConfig | None = None, *, name: str = "meshloom", quiet: bool = False
+    ):
         if not isinstance(lm.config, DecoderConfig):
             raise ModelError(
                 f"the engine serves decoder-only models; this one ({lm.config.family}) is an encoder-decoder: "
@@ -151,7 +157,7 @@ class Engine:
         self._ask(lambda: self._abort(id))
 
     async def stream(self, *requests: Request) -> AsyncIterator[tuple[int, Delta]]:
-        """Deltas of requests as they come, each with the request's index; leaving early, or being cancelled, aborts them.
+        """Deltas of requests as they come, each with its request's index; leaving early, or being cancelled, aborts.
 
         Raises:
             MeshloomError: the engine failed while serving them, or is closed.
@@ -196,7 +202,7 @@ class Engine:
                 self.abort(id)
 
     def generate(
-        self, prompts: Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()
+        self, prompts: Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams] = GREEDY
     ) -> list[Completion]:
         """Complete prompts (texts or token ids), in their order.
 
@@ -301,7 +307,9 @@ class Engine:
             if not live.admitted:
                 live.admitted = now
                 self.metrics.queue_time.observe(now - live.arrived)
+        compiles = compile_count()
         tokens = self._runner.step(chunks)
+        self.metrics.compiles_after_ready.inc(compile_count() - compiles)
         self._scheduler.commit(chunks)
         now = time.perf_counter()
         for chunk, token in zip(chunks, tokens, strict=True):

@@ -1,11 +1,33 @@
 """What an engine counts, under the names that dashboards for such servers already use, prefixed `meshloom:`.
 
-One registry per engine, so that two engines in a process do not add up. Knows nothing of HTTP; `/metrics` renders `registry`.
+One registry per engine, so that two engines in a process do not add up. Knows nothing of HTTP; `/metrics` renders
+`registry`.
 """
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-LATENCY = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0)
+LATENCY = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+    160.0,
+)
 
 
 class EngineMetrics:
@@ -30,7 +52,9 @@ class EngineMetrics:
         self.preemptions = counter("num_preemptions", "Sequences whose cache was dropped to be recomputed.")
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens computed.")
         self.generation_tokens = counter("generation_tokens", "Tokens generated.")
-        self.compiles_after_ready = counter("compiles_after_ready", "Programs compiled while serving; above 0 is a defect.")
+        self.compiles_after_ready = counter(
+            "compiles_after_ready", "Programs compiled while serving; above 0 is a defect."
+        )
         self.step_failures = counter("step_failures", "Steps that raised; their requests failed.")
         self.time_to_first_token = seconds("time_to_first_token", "Arrival to first token.")
         self.inter_token_latency = seconds("inter_token_latency", "Between two tokens of a stream.")

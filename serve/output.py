@@ -1,7 +1,7 @@
 """Text as it leaves the engine: decoded token by token, cut at stop strings that may straddle tokens.
 
-Guarantees that no character of a stop string is ever emitted, that everything else is emitted as soon as it cannot become part
-of one, and that the concatenation of what was emitted is the final text.
+Guarantees that no character of a stop string is ever emitted, that everything else is emitted as soon as it cannot
+become part of one, and that the concatenation of what was emitted is the final text.
 """
 
 from meshloom.models.tokenizer import IncrementalDecoder, Tokenizer
@@ -31,7 +31,9 @@ class OutputText:
     def _advance(self, text: str) -> str:
         self._held += text
         # The stop string that is complete first counts, as if the text came character by character.
-        found = [(self._held.find(stop) + len(stop), self._held.find(stop)) for stop in self._stop if stop in self._held]
+        found = [
+            (self._held.find(stop) + len(stop), self._held.find(stop)) for stop in self._stop if stop in self._held
+        ]
         if found:
             self.stopped = True
             return self._emit(min(found)[1])

@@ -1,7 +1,7 @@
 """One step's metadata as one int32 array: written by the host, read back inside the compiled program.
 
-One transfer a step instead of eleven: on a GPU or TPU each costs ~50 us. Floats travel as their bits. Host and device agree
-because both sides walk `StepShape.fields`.
+One transfer a step instead of eleven: on a GPU or TPU each costs ~50 us. Floats travel as their bits. Host and device
+agree because both sides walk `StepShape.fields`.
 
 T token rows (the bucket), S sequences, W pages per sequence.
 """

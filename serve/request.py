@@ -1,7 +1,7 @@
 """What a caller asks for and what comes back: sampling fields, a request in tokens, its deltas and its completion.
 
-Guarantees that every field was checked before it travels further (with the value seen in the message) and that no prompt text
-exists past this point. Knows nothing of schedulers, arrays, HTTP or tokenizers.
+Guarantees that every field was checked before it travels further (with the value seen in the message) and that no
+prompt text exists past this point. Knows nothing of schedulers, arrays, HTTP or tokenizers.
 """
 
 import dataclasses
@@ -35,10 +35,10 @@ class SamplingParams:
     """
 
     max_tokens: int | None = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
+    temperature: float | int = 0.0
+    top_p: float | int = 1.0
     top_k: int = 0
-    min_p: float = 0.0
+    min_p: float | int = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()

@@ -1,7 +1,8 @@
 """Turns a schedule into one call of one compiled program: module, then sampler, over a donated paged cache.
 
-Guarantees that every program it can call is compiled before the first step, that a step transfers one array to the device and one
-back, and that the module's state is flattened once. Sees chunks of integers, never a request or text; the module it runs sees no mesh.
+Guarantees that every program it can call is compiled before the first step, that a step transfers one array to the
+device and one back, and that the module's state is flattened once. Sees chunks of integers, never a request or text;
+the module it runs sees no mesh.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
+from meshloom.core.compile import compile_ahead
 from meshloom.serve.packing import StepShape, pack, unpack
 from meshloom.serve.sampler import sample
 from meshloom.serve.scheduler import Chunk
@@ -42,27 +44,27 @@ class Runner:
         self._shapes = shapes
         self._graphdef, state = nnx.split(module)
         self._leaves, self._treedef = jax.tree.flatten(state)
-        self._module = module
-        self._make_cache = lambda: module.init_cache(num_pages, page_size, cache_dtype)
+        self._cache_treedef: jax.tree_util.PyTreeDef | None = None
+        self._make_cache = lambda: self._flat(module.init_cache(num_pages, page_size, cache_dtype))
         self._mesh, self._kv_heads_axis = mesh, kv_heads_axis
         self._programs: dict[int, Callable] = {}
         self._empty_cache: Callable | None = None
-        self._cache = None
+        self._cache: list[Array] = []
 
     def compile(self, advance: Callable[[str], None]) -> None:
         """Compile all programs and make the cache; `advance` hears of each program that is done."""
-        abstract_cache = jax.eval_shape(self._make_cache)
-        shardings = jax.tree.map(self._cache_sharding, abstract_cache)
-        cache = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract_cache, shardings
-        )
-        self._empty_cache = jax.jit(self._make_cache, out_shardings=shardings).lower().compile()
+        pages = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._cache_sharding(x.shape))
+            for x in jax.eval_shape(self._make_cache)
+        ]
+        shardings = [x.sharding for x in pages]
+        self._empty_cache = compile_ahead(self._make_cache, out_shardings=shardings)
         for shape in self._shapes:
             packed = jax.ShapeDtypeStruct((shape.size,), jnp.int32, sharding=self._replicated())
-            step = jax.jit(
-                self._program(shape), donate_argnums=1, out_shardings=(self._replicated(), shardings)
+            results = self._replicated(), shardings
+            self._programs[shape.tokens] = compile_ahead(
+                self._program(shape), self._leaves, pages, packed, donate_argnums=1, out_shardings=results
             )
-            self._programs[shape.tokens] = step.lower(self._leaves, cache, packed).compile()
             advance(f"step of {shape.tokens} tokens")
         self.reset()
         for shape in self._shapes:
@@ -70,7 +72,7 @@ class Runner:
 
     def reset(self) -> None:
         """An empty cache; needed after a step that failed, which may have consumed the old one."""
-        self._cache = None  # freed before its successor is made
+        self._cache = []  # freed before its successor is made
         self._cache = self._empty_cache()
 
     def step(self, chunks: list[Chunk]) -> list[int]:
@@ -84,22 +86,25 @@ class Runner:
         return np.asarray(tokens)
 
     def _program(self, shape: StepShape) -> Callable:
-        graphdef, treedef = self._graphdef, self._treedef
-
-        def step(leaves: list, cache, packed: Int[Array, "n"]):
-            module = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
+        def step(leaves: list, pages: list, packed: Int[Array, "n"]) -> tuple[Int[Array, "S"], list]:
+            module = nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
+            cache = jax.tree.unflatten(self._cache_treedef, pages)
             step = unpack(shape, packed)
             logits, cache = module(step.tokens, layout=step.ragged, cache=cache, rows=step.rows)
-            return sample(logits, step.draws), cache
+            return sample(logits, step.draws), self._flat(cache)
 
         return step
+
+    def _flat(self, cache) -> list[Array]:
+        """The cache's arrays; its structure is the same in every step and remembered."""
+        arrays, self._cache_treedef = jax.tree.flatten(cache)
+        return arrays
 
     def _replicated(self) -> NamedSharding | None:
         return None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec())
 
-    def _cache_sharding(self, pages: jax.ShapeDtypeStruct) -> NamedSharding | None:
+    def _cache_sharding(self, shape: tuple[int, ...]) -> NamedSharding | None:
         """Pages are `[..., page, kv heads, head dim]`."""
         if self._mesh is None:
             return None
-        leading = [None] * (len(pages.shape) - 2)
-        return NamedSharding(self._mesh, PartitionSpec(*leading, self._kv_heads_axis, None))
+        return NamedSharding(self._mesh, PartitionSpec(*[None] * (len(shape) - 2), self._kv_heads_axis, None))

@@ -1,10 +1,10 @@
 """One token per row of logits, on the device: greedy, temperature, min-p, top-k, top-p, a seed per row.
 
-Guarantees that a row's token depends on that row's logits, numbers, seed and position alone, never on the rest of the batch.
-Nothing is sorted: XLA takes 200 ms to sort 32 rows of 49k logits on two CPU cores. The kept set is found as a threshold
-instead (non-negative float32 compare like their bit patterns, so bisecting 31 bits is exact, in 31 masked sums), and the draw
-inverts the cumulative distribution in two levels with one uniform number per row. A batch whose rows are all greedy, or all
-unfiltered, skips what it does not need.
+Guarantees that a row's token depends on that row's logits, numbers, seed and position alone, never on the rest of the
+batch. Nothing is sorted: XLA takes 200 ms to sort 32 rows of 49k logits on two CPU cores. The kept set is found as a
+threshold instead (non-negative float32 compare like their bit patterns, so bisecting 31 bits is exact, in 31 masked
+sums), and the draw inverts the cumulative distribution in two levels with one uniform number per row. A batch whose
+rows are all greedy, or all unfiltered, skips what it does not need.
 
 R rows, V vocabulary.
 """
@@ -71,9 +71,11 @@ def first_largest(logits: Float[Array, "R V"]) -> Int[Array, "R"]:
 
 
 def largest_threshold(holds: Callable[[Float[Array, "R"]], Bool[Array, "R"]], rows: int) -> Float[Array, "R"]:
-    """Per row the largest t in [0, 1] for which `holds(t)`; `holds` goes from true to false once as t grows, or 0 is returned."""
+    """Per row the largest t in [0, 1] for which `holds(t)`, which is true at 0 and once false stays so as t grows."""
 
-    def halve(_: int, bounds: tuple[Int[Array, "R"], Int[Array, "R"]]) -> tuple[Int[Array, "R"], Int[Array, "R"]]:
+    def halve(
+        _: Int[Array, ""], bounds: tuple[Int[Array, "R"], Int[Array, "R"]]
+    ) -> tuple[Int[Array, "R"], Int[Array, "R"]]:
         low, high = bounds
         middle = low + (high - low) // 2
         good = holds(lax.bitcast_convert_type(middle, jnp.float32))
@@ -94,7 +96,7 @@ def uniforms(draws: Draws) -> Float[Array, "R"]:
 
 
 def invert_cdf(weights: Float[Array, "R V"], uniform: Float[Array, "R"]) -> Int[Array, "R"]:
-    """The token at `uniform` of the row's cumulative weight, never one of weight 0: first its block of 256, then within it."""
+    """The token at `uniform` of the row's cumulative weight, never one of weight 0: its block first, then within it."""
     rows, vocab = weights.shape
     blocks = jnp.pad(weights, ((0, 0), (0, -vocab % BLOCK))).reshape(rows, -1, BLOCK)
     sums = jnp.sum(blocks, axis=-1)
@@ -106,8 +108,10 @@ def invert_cdf(weights: Float[Array, "R V"], uniform: Float[Array, "R"]) -> Int[
     return (block * BLOCK + _first_above(inside, jnp.cumsum(inside, axis=-1), rest)).astype(jnp.int32)
 
 
-def _first_above(weights: Float[Array, "R n"], cumulative: Float[Array, "R n"], target: Float[Array, "R"]) -> Int[Array, "R"]:
-    """First index of positive weight whose cumulative weight exceeds the target; the last of positive weight if rounding left none."""
+def _first_above(
+    weights: Float[Array, "R n"], cumulative: Float[Array, "R n"], target: Float[Array, "R"]
+) -> Int[Array, "R"]:
+    """First index of positive weight whose cumulative weight exceeds the target; the last if rounding left none."""
     positive = weights > 0
     above = positive & (cumulative > target[:, None])
     last = weights.shape[1] - 1 - jnp.argmax(positive[:, ::-1], axis=-1)

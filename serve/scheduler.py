@@ -1,10 +1,11 @@
 """Which tokens run in the next step, and in which pages: integers in, integers out.
 
-Guarantees, for any order of arrivals and aborts: a step never exceeds its token budget; no page is shared or leaked; requests are
-admitted first come, first served; every admitted request finishes, because only the youngest running sequence is ever
-preempted, so the oldest always advances, and a sequence that could not run alone is refused on arrival.
-The order within a step is that of Sarathi-Serve (Agrawal et al. 2024): decodes, then prompts in progress, then waiting prompts, so
-the time between two tokens of a stream is bounded by the budget. Knows nothing of arrays, text, models or time.
+Guarantees, for any order of arrivals and aborts: a step never exceeds its token budget; no page is shared or leaked;
+requests are admitted first come, first served; every admitted request finishes, because only the youngest running
+sequence is ever preempted, so the oldest always advances, and a sequence that could not run alone is refused on
+arrival. The order within a step is that of Sarathi-Serve (Agrawal et al. 2024): decodes, then prompts in progress,
+then waiting prompts, so the time between two tokens of a stream is bounded by the budget. Knows nothing of arrays,
+text, models or time.
 """
 
 import dataclasses
@@ -45,7 +46,7 @@ class Sequence:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """`count` tokens of a sequence, from its first uncomputed one; `samples` if the next token follows from the last of them."""
+    """`count` tokens of a sequence, from its first uncomputed one; `samples` if they end with its last known one."""
 
     sequence: Sequence
     count: int
@@ -145,7 +146,7 @@ class Scheduler:
     def _admit(self) -> bool:
         """Start the sequence that has waited longest, with pages for all its known tokens.
 
-        One page per running sequence stays free, so that a newcomer is not preempted by the next decode; alone it needs none.
+        One page per running sequence stays free, so that a newcomer is not preempted by the next decode.
         """
         if not self.waiting or len(self.running) >= self.max_num_seqs:
             return False

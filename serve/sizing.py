@@ -13,8 +13,8 @@ from meshloom.serve.packing import StepShape
 @dataclasses.dataclass(frozen=True)
 class CacheSize:
     """Attributes:
-        num_pages: pages of the cache. max_model_len: longest prompt + output, in tokens; one such sequence always fits.
-        pages_per_sequence: width of a page table. bytes_per_page: over all layers, keys and values.
+    num_pages: pages of the cache. max_model_len: longest prompt + output, in tokens; one such sequence always fits.
+    pages_per_sequence: width of a page table. bytes_per_page: over all layers, keys and values.
     """
 
     num_pages: int

@@ -1,8 +1,9 @@
 """Classes of array dimensions: which dimensions of a program are one and the same, found by union-find with factors.
 
-A `Dim` stands for one dimension of one or many arrays. `unify` says that two of them are the same. A reshape makes a dimension a
-product of ordered factors, outermost first: the `N * H` rows of a query projection become `(N, H)`, and a grouped-query reshape refines
-`N` to `(K, G)` wherever `N` occurs. A slice or a concatenation gives a dimension parts: the `[q | k | v]` rows of a fused projection.
+A `Dim` stands for one dimension of one or many arrays. `unify` says that two of them are the same. A reshape makes a
+dimension a product of ordered factors, outermost first: the `N * H` rows of a query projection become `(N, H)`, and a
+grouped-query reshape refines `N` to `(K, G)` wherever `N` occurs. A slice or a concatenation gives a dimension parts:
+the `[q | k | v]` rows of a fused projection.
 
 It knows nothing of arrays, primitives, parameters or meshes. All sizes are in elements.
 """
@@ -62,7 +63,8 @@ def leaves_of(dims: Iterable[Dim]) -> set[Dim]:
 
 
 def unify(a: Dim, b: Dim) -> bool:
-    """Declares `a` and `b` the same dimension, factor by factor and part by part. False where sizes differ: they stay apart."""
+    """Declares `a` and `b` the same dimension, factor by factor and part by part. False where sizes differ: they stay
+    apart."""
     a, b = find(a), find(b)
     if a is b:
         return True
@@ -87,7 +89,8 @@ def unify(a: Dim, b: Dim) -> bool:
 def _align(a: Iterable[Dim], b: Iterable[Dim]) -> None:
     """Unifies two factorizations of one dimension from the outermost inward, as far as they have a common refinement.
 
-    `(N, H)` against `(K, G, H)` refines N to `(K, G)`; `(6, 4)` against `(4, 6)` has no common outer factor and stops there.
+    `(N, H)` against `(K, G, H)` refines N to `(K, G)`; `(6, 4)` against `(4, 6)` has no common outer factor and stops
+    there.
     """
     a, b = list(a), list(b)
     while a and b:
@@ -127,8 +130,8 @@ def product(dims: Sequence[Dim]) -> Dim:
 def regroup(dims: Sequence[Dim], sizes: Sequence[int]) -> list[Dim]:
     """The dimensions after a row-major reshape of `dims` to `sizes`; the total is the same.
 
-    Dimensions that pass unchanged keep their class. Merged ones become products, split ones are refined. Where the boundaries of the
-    two shapes do not nest, as in `[6, 4] -> [4, 6]`, the result is a new class.
+    Dimensions that pass unchanged keep their class. Merged ones become products, split ones are refined. Where the
+    boundaries of the two shapes do not nest, as in `[6, 4] -> [4, 6]`, the result is a new class.
     """
     if 0 in sizes:
         return [Dim(size) for size in sizes]
@@ -169,7 +172,8 @@ def _regroup_block(dims: Sequence[Dim], sizes: Sequence[int]) -> list[Dim]:
 
 
 def part(dim: Dim, start: int, size: int) -> Dim:
-    """The class of the stretch `[start, start + size)` of `dim`: the same one whenever the same stretch is cut out again."""
+    """The class of the stretch `[start, start + size)` of `dim`: the same one whenever the same stretch is cut out
+    again."""
     root = find(dim)
     if size == root.size:
         return root
@@ -179,7 +183,8 @@ def part(dim: Dim, start: int, size: int) -> Dim:
 
 
 def strided(dim: Dim, start: int, size: int, stride: int) -> Dim:
-    """The class of every `stride`-th element from `start`: the outer factor where the strides tile `dim`, else a window."""
+    """The class of every `stride`-th element from `start`: the outer factor where the strides tile `dim`, else a
+    window."""
     if start < stride and size * stride == dim.size:
         return regroup([dim], [size, stride])[0]
     return window(dim, size)
@@ -195,7 +200,8 @@ def window(dim: Dim, size: int) -> Dim:
 
 
 def joined(dims: Sequence[Dim]) -> Dim:
-    """The dimension that concatenates `dims` in order: what was cut apart and is joined in the same order is the old one again."""
+    """The dimension that concatenates `dims` in order: what was cut apart and is joined in the same order is the old
+    one again."""
     size = sum(dim.size for dim in dims)
     starts = [sum(dim.size for dim in dims[:i]) for i in range(len(dims))]
     pieces = [(start, dim) for start, dim in zip(starts, dims, strict=True) if dim.size]
@@ -203,7 +209,9 @@ def joined(dims: Sequence[Dim]) -> Dim:
         return pieces[0][1]
     for whole in map(find, find(pieces[0][1]).wholes if pieces else ()):
         known = [whole.parts.get((start, dim.size)) for start, dim in pieces]
-        if whole.size == size and all(has and find(has) is find(dim) for has, (_, dim) in zip(known, pieces, strict=True)):
+        if whole.size == size and all(
+            has and find(has) is find(dim) for has, (_, dim) in zip(known, pieces, strict=True)
+        ):
             return whole
     whole = Dim(size)
     for start, dim in pieces:
@@ -217,7 +225,8 @@ def _set_part(whole: Dim, start: int, piece: Dim) -> None:
 
 
 def cuts(dim: Dim, ways: int) -> tuple[int, ...]:
-    """Offsets at which the program cuts open what a split of `dim` in `ways` would split; a windowed one counts as cut at 0."""
+    """Offsets at which the program cuts open what a split of `dim` in `ways` would split; a windowed one counts as cut
+    at 0."""
     root = find(dim)
     offsets = {edge for start, size in root.parts for edge in (start, start + size)} - {0, root.size}
     if root.windowed:

@@ -1,7 +1,7 @@
 """`derive`: from a module and a mesh to a layout, by tracing alone.
 
-No parameter name, annotation or rule of the user's takes part. The way is `trace` (what the program does to dimensions), `roles` (what
-each dimension is for), `rules` (which are split over what).
+No parameter name, annotation or rule of the user's takes part. The way is `trace` (what the program does to
+dimensions), `roles` (what each dimension is for), `rules` (which are split over what).
 """
 
 from typing import Any
@@ -22,9 +22,9 @@ def derive(module: nnx.Module, mesh: Mesh | AbstractMesh, *example_inputs: Any) 
     Args:
         module: any `nnx.Module`, concrete or abstract (`nnx.eval_shape(lambda: Module(...))`).
         mesh: a mesh over any of the axes `data`, `fsdp`, `tensor`, `expert`, in any order; sizes of 1 are fine.
-        example_inputs: what the module is called with: arrays, `jax.ShapeDtypeStruct`s or pytrees of them, the batch first. Only shapes and
-            dtypes matter, not whether they divide over the mesh; sizes of 1 tell nothing, so prefer a batch and length of 2 or more.
-            Default: `module.example_inputs()` where the module has that.
+        example_inputs: what the module is called with: arrays, `jax.ShapeDtypeStruct`s or pytrees of them, the batch
+            first. Only shapes and dtypes matter, not whether they divide over the mesh; sizes of 1 tell nothing, so
+            prefer a batch and length of 2 or more. Default: `module.example_inputs()` where the module has that.
     Raises:
         ShardingError: an unknown mesh axis, no example inputs, or a module that cannot be traced with them.
     """

@@ -15,18 +15,24 @@ def explain(layout: Layout, name: str) -> str:
     axes = " ".join(f"{axis}={size}" for axis, size in layout.mesh.shape.items())
     lines = [
         f"{row.name}  {row.dtype}{list(row.shape)}  on {axes}",
-        f"  {spec_text(row)}  by the {row.rule} rule" if row.rule != "replicated" else f"  {spec_text(row)}  replicated",
+        f"  {spec_text(row)}  by the {row.rule} rule"
+        if row.rule != "replicated"
+        else f"  {spec_text(row)}  replicated",
         f"  {bytes_text(row.bytes_per_device)} of {bytes_text(row.bytes_total)} per device",
     ]
     for dimension, choice in enumerate(row.choices):
-        lines.append(f"  dimension {dimension} ({choice.size}, {choice.role}) {choice.axis or 'whole'}: {choice.reason}")
+        lines.append(
+            f"  dimension {dimension} ({choice.size}, {choice.role}) {choice.axis or 'whole'}: {choice.reason}"
+        )
     return "\n".join(lines)
 
 
 def table(layout: Layout) -> Table:
     """All parameters: name, shape, roles, spec, rule, bytes per device."""
     axes = " ".join(f"{axis}={size}" for axis, size in layout.mesh.shape.items())
-    result = Table(title=f"derived layout on {axes}", caption=f"{bytes_text(layout.bytes_per_device)} of parameters per device")
+    result = Table(
+        title=f"derived layout on {axes}", caption=f"{bytes_text(layout.bytes_per_device)} of parameters per device"
+    )
     for heading in ("parameter", "shape", "roles", "spec", "rule"):
         result.add_column(heading, overflow="fold")
     result.add_column("per device", justify="right")

@@ -1,7 +1,7 @@
 """A layout: for every parameter of a module, over which mesh axes its dimensions are split, by which rule, and why.
 
-`Layout` is what training and serving use: specs, shardings, placement, and the layout of batches, optimizer state and KV pages. It holds
-what was decided and does not decide anything (`rules.py` does).
+`Layout` is what training and serving use: specs, shardings, placement, and the layout of batches, optimizer state and
+KV pages. It holds what was decided and does not decide anything (`rules.py` does).
 """
 
 import dataclasses
@@ -111,17 +111,21 @@ class Layout:
             lower = batch // ways * ways
             nearest = f"{lower} or {lower + ways}" if lower else f"{ways}"
             raise ShardingError(
-                f"a batch of {batch} rows does not divide over data x fsdp = {ways} devices; use {nearest}, or a mesh with fewer"
+                f"a batch of {batch} rows does not divide over data x fsdp = {ways} devices; "
+                f"use {nearest}, or a mesh with fewer"
             )
         return NamedSharding(self.mesh, self.batch_spec)
 
     def follow(self, tree: Any) -> Any:
         """Shardings for a tree that holds copies of the parameters, such as optimizer state.
 
-        A leaf whose path ends in a parameter's path and that has its shape gets its sharding; every other leaf is replicated.
+        A leaf whose path ends in a parameter's path and that has its shape gets its sharding; every other leaf is
+        replicated.
         """
         parameters, _ = jax.tree_util.tree_flatten_with_path(self.shardings)
-        by_path = {_keys(path): (row.shape, sharding) for row, (path, sharding) in zip(self.rows, parameters, strict=True)}
+        by_path = {
+            _keys(path): (row.shape, sharding) for row, (path, sharding) in zip(self.rows, parameters, strict=True)
+        }
 
         def sharding_of(path: Any, leaf: Any) -> NamedSharding:
             keys = _keys(path)
@@ -140,7 +144,9 @@ class Layout:
             ShardingError: the mesh is abstract and has no devices.
         """
         if isinstance(self.mesh, AbstractMesh):
-            raise ShardingError("an abstract mesh has no devices to place weights on; derive the layout on a jax.sharding.Mesh")
+            raise ShardingError(
+                "an abstract mesh has no devices to place weights on; derive the layout on a jax.sharding.Mesh"
+            )
         return jax.device_put(state, self.shardings)
 
     def row(self, name: str) -> Row:
@@ -175,7 +181,9 @@ def automatic(mesh: Mesh | AbstractMesh) -> Mesh | AbstractMesh:
         ShardingError: an axis that Meshloom does not know.
     """
     if unknown := [axis for axis in mesh.axis_names if axis not in AXES]:
-        raise ShardingError(f"mesh axis {unknown[0]!r} is unknown; axes are any of {', '.join(AXES)} (got {dict(mesh.shape)})")
+        raise ShardingError(
+            f"mesh axis {unknown[0]!r} is unknown; axes are any of {', '.join(AXES)} (got {dict(mesh.shape)})"
+        )
     types = (AxisType.Auto,) * len(mesh.axis_names)
     if isinstance(mesh, AbstractMesh):
         return AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=types)

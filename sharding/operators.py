@@ -1,70 +1,16 @@
 """What each primitive says about dimensions: which dimensions of its results are those of its operands.
 
-One small rule per primitive (or family), kept in the table `RULES` by primitive name. A rule unifies the classes of its operands, returns
-the dimensions of its results, and may state a `Fact` that roles are read from: a product, a lookup, a meeting. Control flow is not here
-(`trace.py`), nor any judgement of what a dimension is for (`roles.py`).
+One small rule per primitive (or family), kept in the table `RULES` by primitive name. A rule unifies the classes of its
+operands, returns the dimensions of its results, and may state a `Fact` that roles are read from: a product, a lookup, a
+meeting. Control flow is not here (`trace.py`), nor any judgement of what a dimension is for (`roles.py`).
 """
 
 import dataclasses
-import enum
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from meshloom.sharding.classes import Dim, joined, part, product, regroup, strided, unify, window
-
-Dims = tuple[Dim, ...]
-
-
-class Kind(enum.IntEnum):
-    """What an array depends on; the kind of a result is the greatest of its operands'."""
-
-    CONSTANT = 0
-    WEIGHT = 1  # on parameters alone: a parameter, or one cast, transposed, stacked, scaled
-    ACTIVATION = 2  # on the inputs
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Value:
-    """One array of the program: its dimensions, and for a weight the indices of the parameters that it is made of."""
-
-    dims: Dims
-    kind: Kind = Kind.CONSTANT
-    parameters: frozenset[int] = frozenset()
-
-
-@dataclasses.dataclass(frozen=True)
-class Product:
-    """The first operand is multiplied with the second and summed over `contracted`.
-
-    `batch` picks one matrix of many: batch dimensions of both, or the groups of a ragged product. The free dimensions of each side go on
-    into the result.
-    """
-
-    contracted: Dims
-    batch: Dims
-    lhs_free: Dims
-    rhs_free: Dims
-
-
-@dataclasses.dataclass(frozen=True)
-class Lookup:
-    """Data (the second operand) picks `rows` of the first operand and keeps its `columns`."""
-
-    rows: Dims
-    columns: Dims
-
-
-@dataclasses.dataclass(frozen=True)
-class Meeting:
-    """The two operands are added, or the second replaces the first in a loop's carry."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """The results enter here: as inputs of the program, or as the carry of a loop."""
-
-
-Fact = Product | Lookup | Meeting | Source
+from meshloom.sharding.values import Dims, Fact, Lookup, Meeting, Product, Value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +27,16 @@ class Operation:
 
 Outcome = tuple[list[Dims], Fact | None]
 RULES: dict[str, Callable[[Operation], Outcome]] = {}
+
+# Operands have the rank of the result, with size 1 where they are broadcast, or rank 0.
+ELEMENTWISE = """
+    abs acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil clamp clz
+    complex conj convert_element_type copy cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt
+    igamma igammac imag integer_pow is_finite le le_to lgamma log log1p log2 logistic lt lt_to max min mul mulhi
+    name ne neg nextafter not one_minus_square or polygamma population_count pow real reduce_precision rem reshard
+    round rsqrt select_n sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh
+    sqrt square stop_gradient tan tanh xor zeros_like zeta layout_constraint
+""".split()  # noqa: SIM905 (one name per line would take a page)
 
 
 def rule(*names: str):
@@ -103,19 +59,11 @@ def _without(dims: Dims, axes) -> Dims:
     return tuple(dim for axis, dim in enumerate(dims) if axis not in dropped)
 
 
-# -- the same dimensions, element by element ------------------------------------------------------------------------------------------
+# -- the same dimensions, element by element --
 
 
-@rule(
-    *"abs acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil clamp clz".split(),
-    *"complex conj convert_element_type copy cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge".split(),
-    *"gt igamma igammac imag integer_pow is_finite le le_to lgamma log log1p log2 logistic lt lt_to max min mul mulhi".split(),
-    *"name ne neg nextafter not one_minus_square or polygamma population_count pow real reduce_precision rem reshard".split(),
-    *"round rsqrt select_n sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt".split(),
-    *"square stop_gradient tan tanh xor zeros_like zeta layout_constraint".split(),
-)
+@rule(*ELEMENTWISE)
 def _elementwise(op: Operation) -> Outcome:
-    # Operands have the rank of the result, with size 1 where they are broadcast, or rank 0.
     dims = fresh(op.shapes[0])
     for operand in op.operands:
         if len(operand.dims) == len(dims):
@@ -148,13 +96,22 @@ def _sort(op: Operation) -> Outcome:
     return [op.dims()] * len(op.operands), None
 
 
-@rule("iota", "random_bits", "random_seed", "random_wrap", "random_unwrap", "random_fold_in", "random_split", "random_gamma")
+@rule(
+    "iota",
+    "random_bits",
+    "random_seed",
+    "random_wrap",
+    "random_unwrap",
+    "random_fold_in",
+    "random_split",
+    "random_gamma",
+)
 @rule("rng_bit_generator", "rng_uniform", "empty", "empty2", "axis_index")
 def _made_here(op: Operation) -> Outcome:
     return [fresh(shape) for shape in op.shapes], None
 
 
-# -- moved, merged, split -------------------------------------------------------------------------------------------------------------
+# -- moved, merged, split --
 
 
 @rule("transpose")
@@ -198,7 +155,7 @@ def _unstack(op: Operation) -> Outcome:
     return [_without(op.dims(), [op.params["axis"]])] * len(op.shapes), None
 
 
-# -- parts of dimensions --------------------------------------------------------------------------------------------------------------
+# -- parts of dimensions --
 
 
 @rule("slice")
@@ -237,7 +194,9 @@ def _concatenate(op: Operation) -> Outcome:
 @rule("pad")
 def _pad(op: Operation) -> Outcome:
     untouched = [not any(amounts) for amounts in op.params["padding_config"]]
-    return [tuple(own if keep else Dim(size) for own, keep, size in zip(op.dims(), untouched, op.shapes[0], strict=True))], None
+    return [
+        tuple(own if keep else Dim(size) for own, keep, size in zip(op.dims(), untouched, op.shapes[0], strict=True))
+    ], None
 
 
 @rule("dynamic_slice")
@@ -253,10 +212,12 @@ def _dynamic_update_slice(op: Operation) -> Outcome:
     return [op.dims()], None
 
 
-# -- reductions -----------------------------------------------------------------------------------------------------------------------
+# -- reductions --
 
 
-@rule("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor", "argmax", "argmin")
+@rule(
+    "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor", "argmax", "argmin"
+)
 def _reduce(op: Operation) -> Outcome:
     return [_without(op.dims(), op.params["axes"])], None
 
@@ -275,12 +236,18 @@ def _top_k(op: Operation) -> Outcome:
 
 @rule("reduce_window_sum", "reduce_window_max", "reduce_window_min", "reduce_window")
 def _pooling(op: Operation) -> Outcome:
-    keeps = [span == stride == 1 for span, stride in zip(op.params["window_dimensions"], op.params["window_strides"], strict=True)]
-    dims = (own if keep and own.size == size else Dim(size) for own, keep, size in zip(op.dims(), keeps, op.shapes[0], strict=True))
+    keeps = [
+        span == stride == 1
+        for span, stride in zip(op.params["window_dimensions"], op.params["window_strides"], strict=True)
+    ]
+    dims = (
+        own if keep and own.size == size else Dim(size)
+        for own, keep, size in zip(op.dims(), keeps, op.shapes[0], strict=True)
+    )
     return [tuple(dims)], None
 
 
-# -- products -------------------------------------------------------------------------------------------------------------------------
+# -- products --
 
 
 def _product(lhs: Dims, rhs: Dims, contracting, batching) -> Product:
@@ -329,11 +296,13 @@ def _convolution(op: Operation) -> Outcome:
     if op.params["feature_group_count"] == 1:
         unify(channels, rhs[numbers.rhs_spec[1]])
         return [tuple(dims)], Product((channels,), (), _without(lhs, [numbers.lhs_spec[1]]), (out_features,))
-    unify(channels, out_features)  # depthwise: channel by channel, like an elementwise product; other groupings differ in size
+    unify(
+        channels, out_features
+    )  # depthwise: channel by channel, like an elementwise product; other groupings differ in size
     return [tuple(dims)], None
 
 
-# -- indexing by data -----------------------------------------------------------------------------------------------------------------
+# -- indexing by data --
 
 
 @rule("gather")
@@ -342,7 +311,9 @@ def _gather(op: Operation) -> Outcome:
     dropped = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
     for own, index in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True):
         unify(table[own], indices[index])
-    columns = {axis: window(table[axis], op.params["slice_sizes"][axis]) for axis in range(len(table)) if axis not in dropped}
+    columns = {
+        axis: window(table[axis], op.params["slice_sizes"][axis]) for axis in range(len(table)) if axis not in dropped
+    }
     kept, picked = iter(columns.values()), iter(indices[:-1])
     dims = tuple(next(kept) if axis in numbers.offset_dims else next(picked) for axis in range(len(op.shapes[0])))
     rows = tuple(table[axis] for axis in numbers.collapsed_slice_dims)
@@ -366,4 +337,3 @@ def _scatter(op: Operation) -> Outcome:
 def outcome(name: str, op: Operation) -> Outcome | None:
     """Applies the rule of primitive `name`; None where there is none."""
     return RULES[name](op) if name in RULES else None
-

@@ -1,13 +1,16 @@
-"""What every dimension of a weight is for, read from dataflow alone: never from a name, a size or a position in the module.
+"""What every dimension of a weight is for, read from dataflow alone: never from a name or a size.
 
 Roles, in the order in which they are claimed:
 
 * *stack*: a scan runs over it (layers).
-* *heads*, *kv_heads*: attention scores are products of two activations over a dimension that weights produced (the *head_dim*). Their
-  batch dimensions are heads. So is a free one that lies beside the head_dim in a weight: the query group of grouped-query attention,
-  or all heads where there is one kv head. Weights with kv heads but without the group have *kv_heads*.
-* *residual*: an addition (or a loop's carry) joins a value of this class with one that comes of the same value by contracting the class
-  and producing it again. Attention and MLP read the residual stream and add to it; their inner dimensions never meet themselves like that.
+* *heads*, *kv_heads*: attention multiplies two activations; what weights produced and such a product has as a batch
+  dimension are heads. It is certain where the product contracts what weights produced too (scores, over the
+  *head_dim*), and else yields to *residual*. A free dimension of scores that lies beside the head_dim in a weight is
+  heads as well: the query group of grouped-query attention, or all heads where there is one kv head. Weights with kv
+  heads but without the group have *kv_heads*.
+* *residual*: an addition (or a loop's carry) joins a value of this class with one that comes of the same value by
+  contracting the class and producing it again. Attention and MLP read the residual stream and add to it; their inner
+  dimensions never meet themselves like that.
 * *head_dim*: the rest of an attention product: within a head.
 * *expert*: picks one matrix of many: groups of a ragged product, batch of a product of an activation with a weight.
 * *vocab*: rows that the inputs look up, or what the last weight produces for the output.
@@ -23,8 +26,8 @@ import dataclasses
 from typing import Literal
 
 from meshloom.sharding.classes import Dim, leaves, leaves_of
-from meshloom.sharding.operators import Dims, Kind, Lookup, Meeting, Product, Source, Value
 from meshloom.sharding.trace import Program, Step
+from meshloom.sharding.values import Dims, Kind, Lookup, Meeting, Product, Source, Value
 
 Role = Literal[
     "stack", "heads", "kv_heads", "residual", "head_dim", "expert", "vocab", "inner", "batch", "sequence", "feature"
@@ -38,8 +41,9 @@ class Roles:
 
     Attributes:
         by_leaf: leaf -> role, with "heads" for every head dimension; `of` tells kv heads apart.
-        produced, contracted, picked: leaf -> indices of the parameters that produce it (as a free dimension of a product or the columns
-            of a lookup), contract it, or hold one matrix for each of its elements. Keys are in program order.
+        produced, contracted, picked: leaf -> indices of the parameters that produce it (as a free dimension of a
+            product or the columns of a lookup), contract it, or hold one matrix for each of its elements. Keys are in
+            program order.
         shared_heads: head leaves that queries and keys have in common.
     """
 
@@ -49,18 +53,15 @@ class Roles:
     picked: Uses
     shared_heads: frozenset[Dim]
     _heads_in: tuple[frozenset[Dim], ...]
+    _sets_with: dict[Dim, set[frozenset[Dim]]]
 
     def of(self, parameter: int, dim: Dim) -> Role:
         """Role of one dimension of parameter `parameter`: that of its outermost factor."""
         parts = leaves(dim)
         role = self.by_leaf.get(parts[0], "feature") if parts else "feature"
-        if role == "heads" and self._has_siblings(parameter, parts[0]):
+        if role == "heads" and any(self._heads_in[parameter] < heads for heads in self._sets_with[parts[0]]):
             return "kv_heads"
         return role
-
-    def _has_siblings(self, parameter: int, head: Dim) -> bool:
-        own = self._heads_in[parameter]
-        return any(head in other and own < other for other in self._heads_in)
 
 
 def infer(program: Program) -> Roles:
@@ -75,17 +76,22 @@ def infer(program: Program) -> Roles:
         if isinstance(step.fact, Product) and all(value.kind == Kind.ACTIVATION for value in step.inputs[:2])
     ]
     residual = _residual(program.steps)
-    certain, grouped = _heads(products, produced, in_weights)
-    heads = certain | (grouped - residual)
+    certain, shared, grouped = _heads(products, produced, in_weights)
+    shared -= residual - certain
+    heads = shared | (grouped - residual)
 
     claims: list[tuple[Role, set[Dim]]] = [
         ("stack", leaves_of(program.stacks)),
         ("heads", certain),
         ("residual", residual),
-        ("heads", grouped),
+        ("heads", shared | grouped),
         ("head_dim", _head_dims(products, heads) & produced.keys()),
         ("expert", set(picked)),
-        ("vocab", looked_up | (leaves_of(d for out in program.outputs for d in out.dims) & produced.keys() - contracted.keys())),
+        (
+            "vocab",
+            looked_up
+            | (leaves_of(d for out in program.outputs for d in out.dims) & produced.keys() - contracted.keys()),
+        ),
         ("inner", {leaf for leaf in produced.keys() & contracted.keys() if len(produced[leaf] | contracted[leaf]) > 1}),
         ("batch", batch),
         ("sequence", sequence),
@@ -96,12 +102,18 @@ def infer(program: Program) -> Roles:
             by_leaf.setdefault(leaf, role)
     all_heads = {leaf for leaf, role in by_leaf.items() if role == "heads"}
     heads_in = tuple(frozenset(members & all_heads) for members in in_weights)
-    return Roles(by_leaf, produced, contracted, picked, frozenset(certain), heads_in)
+    sets_with: dict[Dim, set[frozenset[Dim]]] = collections.defaultdict(set)
+    for together in heads_in:
+        for leaf in together:
+            sets_with[leaf].add(together)
+    return Roles(by_leaf, produced, contracted, picked, frozenset(shared), heads_in, dict(sets_with))
 
 
 def _weight_uses(steps: tuple[Step, ...]) -> tuple[Uses, Uses, Uses, set[Dim]]:
     """Who produces, contracts and is picked by each leaf, and which leaves the inputs look rows up in."""
-    produced, contracted, picked = (collections.defaultdict(set) for _ in range(3))
+    produced: Uses = collections.defaultdict(set)
+    contracted: Uses = collections.defaultdict(set)
+    picked: Uses = collections.defaultdict(set)
     looked_up: set[Dim] = set()
 
     def note(uses: Uses, dims: Dims, weight: Value) -> None:
@@ -123,18 +135,21 @@ def _weight_uses(steps: tuple[Step, ...]) -> tuple[Uses, Uses, Uses, set[Dim]]:
     return dict(produced), dict(contracted), dict(picked), looked_up
 
 
-def _heads(products: list[Product], produced: Uses, in_weights: list[set[Dim]]) -> tuple[set[Dim], set[Dim]]:
-    """Batch dimensions of score products, and free ones that share a weight with the head dimension."""
+def _heads(products: list[Product], produced: Uses, in_weights: list[set[Dim]]) -> tuple[set[Dim], set[Dim], set[Dim]]:
+    """Batch dimensions of scores; of any product; free ones of scores that share a weight with the head dimension."""
     certain: set[Dim] = set()
+    shared: set[Dim] = set()
     grouped: set[Dim] = set()
-    for scores in products:
-        head_dim = leaves_of(scores.contracted) & produced.keys()
-        if not head_dim:
+    for each in products:
+        if not each.contracted:
             continue
-        certain |= leaves_of(scores.batch) & produced.keys()
-        free = leaves_of((*scores.lhs_free, *scores.rhs_free)) & produced.keys()
-        grouped |= {leaf for leaf in free if any(leaf in members and head_dim & members for members in in_weights)}
-    return certain, grouped
+        batch = leaves_of(each.batch) & produced.keys()
+        shared |= batch
+        if head_dim := leaves_of(each.contracted) & produced.keys():
+            certain |= batch
+            free = leaves_of((*each.lhs_free, *each.rhs_free)) & produced.keys()
+            grouped |= {leaf for leaf in free if any(leaf in members and head_dim & members for members in in_weights)}
+    return certain, shared, grouped
 
 
 def _head_dims(products: list[Product], heads: set[Dim]) -> set[Dim]:
@@ -148,10 +163,11 @@ def _head_dims(products: list[Product], heads: set[Dim]) -> set[Dim]:
 
 
 class _Ledger:
-    """For every value, which classes it carries since which source, and which it had but gave up in a product with a weight.
+    """For every value, which classes it carries since which source, and which it had but gave up in a product with a
+    weight.
 
-    A source of a class is an input, a loop carry, a weight that produces it or a table that is looked up. Sets of sources are the bits
-    of an int: an unrolled model has thousands, and a step is then a few machine words.
+    A source of a class is an input, a loop carry, a weight that produces it or a table that is looked up. Sets of
+    sources are the bits of an int: an unrolled model has thousands, and a step is then a few machine words.
     """
 
     def __init__(self):
@@ -199,9 +215,13 @@ def _residual(steps: tuple[Step, ...]) -> set[Dim]:
                     gained = ledger.enter(lhs_free if kinds[0] == Kind.WEIGHT else rhs_free)
             case Meeting():
                 a, b = step.inputs
-                again = (ledger.live.get(a, 0) & ledger.spent.get(b, 0)) | (ledger.live.get(b, 0) & ledger.spent.get(a, 0))
+                again = (ledger.live.get(a, 0) & ledger.spent.get(b, 0)) | (
+                    ledger.live.get(b, 0) & ledger.spent.get(a, 0)
+                )
                 if again:
-                    residual |= {leaf for leaf in leaves_of(step.outputs[0].dims) if again & ledger.sources.get(leaf, 0)}
+                    residual |= {
+                        leaf for leaf in leaves_of(step.outputs[0].dims) if again & ledger.sources.get(leaf, 0)
+                    }
         for value in step.outputs:
             ledger.live[value] = live | gained
             ledger.spent[value] = spent

@@ -1,13 +1,15 @@
 """The two rules by which weights are split. Everything that `derive` decides is decided here.
 
-**Pair rule.** A dimension that one weight produces and the next contracts is split over `tensor`, so that the pair costs one reduction.
-Heads come first, then inner and vocab dimensions by the bytes of their weights; a weight is split over `tensor` once. Both sides of a pair
-are split, or neither. Heads are split whole: `(K, G, H)` rows of a query projection divide by K, or by K and then G, never by H; kv heads
-stay replicated where K alone does not divide. Matrices picked by expert are split over `expert`; a router is not, for its choice needs
-all scores. What the program cuts open (the rows of a fused `[q | k | v]`) is never split across the cut.
+**Pair rule.** A dimension that one weight produces and the next contracts is split over `tensor`, so that the pair
+costs one reduction. Heads come first, then inner and vocab dimensions by the bytes of their weights; a weight is split
+over `tensor` once. Both sides of a pair are split, or neither. Heads are split whole: `(K, G, H)` rows of a query
+projection divide by K, or by K and then G, never by H; kv heads stay replicated where K alone does not divide. Matrices
+picked by expert are split over `expert`; a router is not, for its choice needs all scores. What the program cuts open
+(the rows of a fused `[q | k | v]`) is never split across the cut.
 
-**Store rule.** Of the dimensions left the largest that divides is split over `fsdp` and gathered where it is used. Vectors (one dimension
-besides the stack) stay replicated: a gather costs more time than their bytes are worth. A stack of layers is never split.
+**Store rule.** Of the dimensions left the largest that divides is split over `fsdp` and gathered where it is used.
+Vectors (one dimension besides the stack) stay replicated: a gather costs more time than their bytes are worth. A stack
+of layers is never split.
 
 `data` never splits a weight. A dimension carries one axis. Axes that are absent or of size 1 split nothing.
 """
@@ -15,13 +17,13 @@ besides the stack) stay replicated: a gather costs more time than their bytes ar
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from meshloom.sharding.classes import Dim, cuts, leaves
 from meshloom.sharding.layout import Choice, Row, Rule
-from meshloom.sharding.roles import Roles
+from meshloom.sharding.roles import Role, Roles
 from meshloom.sharding.trace import Parameter, Program
 
 Place = tuple[int, int]  # index of a parameter, and one of its dimensions
@@ -66,157 +68,178 @@ def divides(run: Sequence[Dim], ways: int) -> bool:
 
 
 class _Rules:
-    """Decisions so far (`splits`), and why dimensions were passed over (`refusals`)."""
+    """The decisions so far: `splits` per parameter and dimension, and why other dimensions were passed over."""
 
     def __init__(self, program: Program, roles: Roles, axes: Mapping[str, int]):
         self.parameters = program.parameters
         self.roles = roles
         self.axes = axes
-        self.splits: dict[Place, Split] = {}
+        self.splits: list[dict[int, Split]] = [{} for _ in program.parameters]
         self.refusals: dict[Place, str] = {}
 
     # -- pair rule --
 
     def split_experts(self) -> None:
         """One matrix of many per expert: the experts are dealt out over `expert`."""
-        ways = self.axes.get("expert", 1)
+        if self._ways("expert") == 1:
+            return
         for place, dim in self._places():
             run = self._run(dim, "expert")
-            if not run or ways == 1:
+            if not run:
                 continue
             if self._only_scores(place[0], run[0]):
                 self.refusals[place] = "a router's scores are compared over all experts"
-            elif self._may_split(place, run, "expert", ways):
-                holders = self._names(self.roles.picked.get(run[0], ()))
-                self.splits[place] = Split("expert", "pair", f"experts: {holders} hold one matrix for each; tokens are summed over experts once")
+            elif self._may_split(place, run, "expert"):
+                holders = self._names(self.roles.picked.get(run[0], set()))
+                self._split(
+                    place, "expert", "pair", f"expert: {holders} hold a matrix for each; one reduction over them"
+                )
 
     def split_pairs(self) -> None:
         """Heads, inner and vocab dimensions over `tensor`."""
-        ways = self.axes.get("tensor", 1)
-        if ways == 1:
+        if self._ways("tensor") == 1:
             return
-        groups: dict[Dim, list[tuple[Place, tuple[Dim, ...]]]] = {}
+        groups: dict[Dim, list[tuple[Place, Sequence[Dim]]]] = {}
         for place, dim in self._places():
             if run := self._run(dim, "heads", "inner", "vocab"):
                 groups.setdefault(run[0], []).append((place, run))
-        for leaf in sorted(groups, key=lambda leaf: self._precedence(leaf, groups[leaf])):
-            willing = [place for place, run in groups[leaf] if self._may_split(place, run, "tensor", ways)]
+        for leaf in self._by_precedence(groups):
+            willing = [place for place, run in groups[leaf] if self._may_split(place, run, "tensor")]
             reason = self._pair_reason(leaf, {index for index, _ in willing})
             for place in willing:
                 if reason is None:
-                    self.refusals[place] = "the other side of its pair cannot be split, and a pair is split together or not at all"
-                elif self._splits(place[0], "tensor") is None:
-                    self.splits[place] = Split("tensor", "pair", reason)
+                    self.refusals[place] = "the other side of its pair cannot be split: together or not at all"
+                elif self._dimension_over(place[0], "tensor") is None:
+                    self._split(place, "tensor", "pair", reason)
 
-    def _precedence(self, leaf: Dim, members: list) -> tuple[bool, int, int]:
+    def _by_precedence(self, groups: Mapping[Dim, list[tuple[Place, Sequence[Dim]]]]) -> list[Dim]:
         """Heads first, then the class with the most bytes of weights; the first in the program among equals."""
-        order = {each: position for position, each in enumerate(self.roles.produced)}
-        weight_bytes = sum(_bytes(self.parameters[index]) for index in {place[0] for place, _ in members})
-        return self.roles.by_leaf[leaf] != "heads", -weight_bytes, order.get(leaf, len(order))
+        order = {leaf: position for position, leaf in enumerate(self.roles.produced)}
 
-    def _may_split(self, place: Place, run: Sequence[Dim], axis: str, ways: int) -> bool:
+        def precedence(leaf: Dim) -> tuple[bool, int, int]:
+            held = sum(_bytes(self.parameters[index]) for index in {place[0] for place, _ in groups[leaf]})
+            return self.roles.by_leaf[leaf] != "heads", -held, order.get(leaf, len(order))
+
+        return sorted(groups, key=precedence)
+
+    def _may_split(self, place: Place, run: Sequence[Dim], axis: str) -> bool:
         """Whether nothing stands against the split; what does is noted."""
         index, dimension = place
-        dim = self.parameters[index].dims[dimension]
-        role = self.roles.of(index, dim)
-        count = math.prod(factor.size for factor in run)
-        taken = self._splits(index, axis)
+        ways = self._ways(axis)
+        role = self._role(index, dimension)
+        taken = self._dimension_over(index, axis)
         if not divides(run, ways):
-            self.refusals[place] = f"{count} {_PLURAL[role]} do not divide over {axis}={ways}" + (
-                " and are replicated; query heads may still be split" if role == "kv_heads" else ""
+            count = math.prod(factor.size for factor in run)
+            refusal = f"{count} {_PLURAL[role]} do not divide over {axis}={ways}"
+            self.refusals[place] = refusal + ("; query heads may still be split" if role == "kv_heads" else "")
+        elif offsets := cuts(self.parameters[index].dims[dimension], ways):
+            where = "at run-time offsets" if offsets == (0,) else f"at {', '.join(map(str, offsets))}"
+            self.refusals[place] = (
+                f"the program cuts it open {where} (a fused weight?), which {axis}={ways} would cross"
             )
-        elif offsets := cuts(dim, ways):
-            where = "at offsets known only at run time" if offsets == (0,) else "at " + ", ".join(map(str, offsets))
-            self.refusals[place] = f"the program cuts it open {where} (a fused weight?); a split over {axis}={ways} would cross the cut"
         elif taken is not None:
-            self.refusals[place] = f"{axis} already splits the {_PLURAL[self.roles.of(index, self.parameters[index].dims[taken])]} of this weight"
+            self.refusals[place] = f"{axis} already splits the {_PLURAL[self._role(index, taken)]} of this weight"
         return place not in self.refusals
 
     def _pair_reason(self, leaf: Dim, willing: set[int]) -> str | None:
-        """Why the class is split over `tensor` if the weights in `willing` agree; None if that leaves half a pair."""
-        producers = self.roles.produced.get(leaf, set())
-        contractors = self.roles.contracted.get(leaf, set())
+        """Why the class is split over `tensor` if the weights in `willing` are; None if that leaves half a pair."""
         role = self.roles.by_leaf[leaf]
         if role == "vocab":
-            return f"vocab: {self._names(sorted(willing))} look it up or produce it; one reduction over the vocabulary"
-        if not (producers & willing and contractors & willing):
+            return f"vocab: looked up in or produced by {self._names(willing)}; one reduction over the vocabulary"
+        producers = self.roles.produced.get(leaf, set()) & willing
+        contractors = self.roles.contracted.get(leaf, set()) & willing
+        if not (producers and contractors):
             return None
-        return f"{role}: {self._names(producers & willing)} produce, {self._names(contractors & willing)} contract; one reduction per pair"
+        made, used = self._names(producers), self._names(contractors)
+        return f"{role}: produced by {made}, contracted by {used}; one reduction per pair"
 
     def _only_scores(self, index: int, expert: Dim) -> bool:
         """Whether the experts are all that the weight produces: a router."""
-        produces = [leaf for leaf, producers in self.roles.produced.items() if index in producers]
-        return produces == [expert]
+        return [leaf for leaf, producers in self.roles.produced.items() if index in producers] == [expert]
 
     # -- store rule --
 
     def store(self) -> None:
         """The largest dimension left over `fsdp`."""
-        ways = self.axes.get("fsdp", 1)
+        ways = self._ways("fsdp")
         if ways == 1:
             return
         for index, parameter in enumerate(self.parameters):
-            free = [d for d, dim in enumerate(parameter.dims) if dim.size > 1 and self.roles.of(index, dim) != "stack"]
-            if len(free) < 2:
-                continue
-            left = [d for d in free if (index, d) not in self.splits and parameter.shape[d] % ways == 0]
-            if left:
-                chosen = max(left, key=lambda d: parameter.shape[d])
-                self.splits[index, chosen] = Split("fsdp", "store", f"the largest dimension left that divides by fsdp={ways}")
+            wide = self._wide(index)
+            left = [d for d in wide if d not in self.splits[index] and parameter.shape[d] % ways == 0]
+            if left and len(wide) > 1:
+                largest = max(left, key=lambda d: parameter.shape[d])
+                self._split(
+                    (index, largest), "fsdp", "store", f"the largest dimension left that divides by fsdp={ways}"
+                )
+
+    def _wide(self, index: int) -> list[int]:
+        """Dimensions of a weight besides its stack of layers and those of size 1."""
+        parameter = self.parameters[index]
+        return [d for d, size in enumerate(parameter.shape) if size > 1 and self._role(index, d) != "stack"]
 
     # -- results --
 
     def row(self, index: int) -> Row:
         """What was decided for one parameter."""
         parameter = self.parameters[index]
-        choices = tuple(self._choice((index, d)) for d in range(len(parameter.shape)))
-        ways = math.prod(self.axes[choice.axis] for choice in choices if choice.axis)
+        ways = math.prod(self._ways(split.axis) for split in self.splits[index].values())
+        choices = tuple(self._choice(index, d) for d in range(len(parameter.shape)))
         return Row(parameter.name, parameter.shape, parameter.dtype, choices, _bytes(parameter) // ways)
 
-    def _choice(self, place: Place) -> Choice:
-        dim = self.parameters[place[0]].dims[place[1]]
-        role = self.roles.of(place[0], dim)
-        if split := self.splits.get(place):
-            return Choice(dim.size, role, split.axis, split.rule, split.reason)
-        reasons = [self.refusals[place]] if place in self.refusals else []
-        return Choice(dim.size, role, None, None, "; ".join([*reasons, self._not_stored(place)]))
+    def _choice(self, index: int, dimension: int) -> Choice:
+        size, role = self.parameters[index].shape[dimension], self._role(index, dimension)
+        if split := self.splits[index].get(dimension):
+            return Choice(size, role, split.axis, split.rule, split.reason)
+        reasons = [self._not_stored(index, dimension)]
+        if (index, dimension) in self.refusals:
+            reasons.insert(0, self.refusals[index, dimension])
+        elif role in _NO_PAIR and self._ways("tensor") > 1:
+            reasons.insert(0, _NO_PAIR[role])
+        return Choice(size, role, None, None, "; ".join(reasons))
 
-    def _not_stored(self, place: Place) -> str:
+    def _not_stored(self, index: int, dimension: int) -> str:
         """Why the store rule left a dimension whole."""
-        index, dimension = place
-        parameter = self.parameters[index]
-        ways = self.axes.get("fsdp", 1)
-        stored = self._splits(index, "fsdp")
-        wide = [dim for dim in parameter.dims if dim.size > 1 and self.roles.of(index, dim) != "stack"]
-        if self.roles.of(index, parameter.dims[dimension]) == "stack":
+        ways, stored = self._ways("fsdp"), self._dimension_over(index, "fsdp")
+        if self._role(index, dimension) == "stack":
             return "a stack of layers: every device runs every layer"
         if ways == 1:
             return "the mesh has no fsdp axis to store it over"
-        if len(wide) < 2:
+        if len(self._wide(index)) < 2:
             return "a vector: gathering it would cost more time than its bytes are worth"
         if stored is not None:
             return f"fsdp is on dimension {stored}"
-        return f"{parameter.shape[dimension]} does not divide by fsdp={ways}"
+        return f"{self.parameters[index].shape[dimension]} does not divide by fsdp={ways}"
 
     def kv_heads_axis(self) -> str | None:
         """`tensor` if every attention splits its keys and values by whole kv heads."""
-        ways = self.axes.get("tensor", 1)
-        shared = {}
+        ways = self._ways("tensor")
+        split: dict[Dim, bool] = {}
         for (index, _), dim in self._places():
             run = self._run(dim, "heads")
+            # Keys and values have weights of their own: heads that queries alone produce are copies of one kv head.
             if run and run[0] in self.roles.shared_heads and len(self.roles.produced.get(run[0], ())) > 1:
-                shared.setdefault(run[0], set()).add(self._splits(index, "tensor") is not None)
-        even = all(leaf.size % ways == 0 and split == {True} for leaf, split in shared.items())
-        return "tensor" if ways > 1 and shared and even else None
+                over_tensor = self._dimension_over(index, "tensor") is not None and run[0].size % ways == 0
+                split[run[0]] = split.get(run[0], True) and over_tensor
+        return "tensor" if ways > 1 and split and all(split.values()) else None
 
-    # -- reading the program --
+    # -- reading --
 
-    def _places(self):
+    def _split(self, place: Place, axis: str, rule: Rule, reason: str) -> None:
+        self.splits[place[0]][place[1]] = Split(axis, rule, reason)
+
+    def _ways(self, axis: str) -> int:
+        return self.axes.get(axis, 1)
+
+    def _places(self) -> Iterator[tuple[Place, Dim]]:
         for index, parameter in enumerate(self.parameters):
             for dimension, dim in enumerate(parameter.dims):
                 yield (index, dimension), dim
 
-    def _run(self, dim: Dim, *wanted: str) -> tuple[Dim, ...]:
+    def _role(self, index: int, dimension: int) -> Role:
+        return self.roles.of(index, self.parameters[index].dims[dimension])
+
+    def _run(self, dim: Dim, *wanted: Role) -> tuple[Dim, ...]:
         """The outermost factors of `dim` that share one of the wanted roles; empty if the first has none of them."""
         factors = leaves(dim)
         role = self.roles.by_leaf.get(factors[0]) if factors else None
@@ -224,16 +247,26 @@ class _Rules:
             return ()
         return tuple(itertools.takewhile(lambda leaf: self.roles.by_leaf.get(leaf) == role, factors))
 
-    def _splits(self, index: int, axis: str) -> int | None:
+    def _dimension_over(self, index: int, axis: str) -> int | None:
         """The dimension of the parameter that is split over `axis`."""
-        return next((d for (i, d), split in self.splits.items() if i == index and split.axis == axis), None)
+        return next((dimension for dimension, split in self.splits[index].items() if split.axis == axis), None)
 
-    def _names(self, indices) -> str:
+    def _names(self, indices: set[int]) -> str:
         names = [self.parameters[index].name for index in sorted(indices)]
         return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
-_PLURAL = {"heads": "heads", "kv_heads": "kv heads", "inner": "inner features", "vocab": "vocabulary rows", "expert": "experts"}
+_PLURAL = {
+    "heads": "heads",
+    "kv_heads": "kv heads",
+    "inner": "inner features",
+    "vocab": "vocabulary rows",
+    "expert": "experts",
+}
+_NO_PAIR = {
+    "residual": "carried from layer to layer, so that no pair splits it",
+    "head_dim": "within a head, which is never cut",
+}
 
 
 def _bytes(parameter: Parameter) -> int:

@@ -1,7 +1,8 @@
-"""A module's forward pass as steps over dimension classes: traced with abstract values, control flow unrolled into one list.
+"""A module's forward pass as a list of steps over dimension classes, traced with abstract values.
 
-`trace` never runs the module and never allocates its weights. The body of a scan or loop appears once, its carry tied to itself. Bodies of
-jit, remat, custom derivatives and shard_map are read in place. A primitive without a rule ties nothing and is counted in `unknown`.
+`trace` never runs the module and never allocates its weights. The body of a scan or loop appears once, its carry tied
+to itself. Bodies of jit, remat, custom derivatives and shard_map are read in place. A primitive without a rule ties
+nothing and is counted in `unknown`.
 """
 
 import collections
@@ -14,7 +15,8 @@ from flax import nnx
 
 from meshloom.core.errors import ShardingError
 from meshloom.sharding.classes import Dim, unify
-from meshloom.sharding.operators import Dims, Fact, Kind, Meeting, Operation, Source, Value, fresh, outcome
+from meshloom.sharding.operators import Operation, fresh, outcome
+from meshloom.sharding.values import Dims, Fact, Kind, Meeting, Source, Value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +68,17 @@ def trace(module: nnx.Module, example_inputs: Sequence[Any]) -> Program:
     Raises:
         ShardingError: the forward pass cannot be traced with these inputs.
     """
-    graphdef, parameters, rest = nnx.split(module, nnx.Param, ...)
-    parameters, rest, inputs = jax.tree.map(_abstract, (parameters, rest, tuple(example_inputs)))
+    graphdef, *states = nnx.split(module, nnx.Param, ...)
+    parameters, rest, inputs = jax.tree.map(_abstract, (*states, tuple(example_inputs)))
+
+    def forward(parameters: Any, rest: Any, inputs: tuple[Any, ...]) -> Any:
+        return nnx.merge(graphdef, parameters, rest)(*inputs)
+
     try:
-        jaxpr = jax.make_jaxpr(lambda params, rest, inputs: nnx.merge(graphdef, params, rest)(*inputs))(parameters, rest, inputs).jaxpr
+        jaxpr: Any = jax.make_jaxpr(forward)(parameters, rest, inputs).jaxpr
     except Exception as error:
         raise ShardingError(
-            f"{type(module).__name__} cannot be traced with inputs ({', '.join(map(_describe, inputs)) or 'none'}): {error}. "
+            f"{type(module).__name__} cannot be traced with inputs ({_describe(inputs)}): {error}. "
             "Pass example inputs as the module is called in training, e.g. "
             "derive(module, mesh, jax.ShapeDtypeStruct((8, 128), jnp.int32)) for token ids [batch, length]"
         ) from error
@@ -88,7 +94,9 @@ def trace(module: nnx.Module, example_inputs: Sequence[Any]) -> Program:
     reader = _Reader()
     reader.steps.append(Step((), entering, Source()))
     leaving = reader.run(jaxpr, [*weights, *others, *entering])
-    return Program(described, treedef, entering, tuple(leaving), tuple(reader.steps), tuple(reader.stacks), reader.unknown)
+    return Program(
+        described, treedef, entering, tuple(leaving), tuple(reader.steps), tuple(reader.stacks), reader.unknown
+    )
 
 
 def _abstract(leaf: Any) -> Any:
@@ -96,7 +104,9 @@ def _abstract(leaf: Any) -> Any:
 
 
 def _describe(tree: Any) -> str:
-    return ", ".join(f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "shape") else repr(leaf) for leaf in jax.tree.leaves(tree))
+    return ", ".join(
+        f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "shape") else repr(leaf) for leaf in jax.tree.leaves(tree)
+    )
 
 
 def _name(path: Sequence[Any]) -> str:
@@ -152,9 +162,9 @@ class _Reader:
         shapes = tuple(getattr(var.aval, "shape", ()) for var in equation.outvars)
         result = outcome(name, Operation(tuple(inputs), shapes, params))
         if result is None:
-            body = params.get("jaxpr", params.get("call_jaxpr"))
-            if body is not None and len(body.jaxpr.invars) == len(inputs):
-                return self.run(body.jaxpr, inputs)
+            body = getattr(params.get("jaxpr", params.get("call_jaxpr")), "jaxpr", None)
+            if body is not None and (len(body.invars), len(body.outvars)) == (len(inputs), len(shapes)):
+                return self.run(body, inputs)
             self.unknown[name] += 1
             result = [fresh(shape) for shape in shapes], None
         dims, fact = result
@@ -162,7 +172,9 @@ class _Reader:
         self.steps.append(Step(tuple(inputs), tuple(outputs), fact))
         return outputs
 
-    def _loop(self, body: Any, constants: list[Value], initial: list[Value], sliced: list[Value]) -> tuple[list[Value], list[Value]]:
+    def _loop(
+        self, body: Any, constants: list[Value], initial: list[Value], sliced: list[Value]
+    ) -> tuple[list[Value], list[Value]]:
         """Reads a loop body once. Returns the final carry and whatever else the body yields."""
         first = len(constants)
         fixed = [body.outvars[i] is body.invars[first + i] for i in range(len(initial))]
@@ -172,7 +184,9 @@ class _Reader:
             value if same else Value(value.dims, kind, value.parameters if kind == Kind.WEIGHT else frozenset())
             for value, same in zip(initial, fixed, strict=True)
         ]
-        self.steps += [Step((old,), (new,), Source()) for old, new, same in zip(initial, carry, fixed, strict=True) if not same]
+        self.steps += [
+            Step((old,), (new,), Source()) for old, new, same in zip(initial, carry, fixed, strict=True) if not same
+        ]
         results = self.run(body, [*constants, *carry, *sliced])
         final = []
         for before, after, same in zip(carry, results[: len(carry)], fixed, strict=True):
@@ -184,7 +198,8 @@ class _Reader:
 
     def _scan(self, equation: Any, inputs: list[Value]) -> list[Value]:
         n_constants, n_carry, _ = (len(group) for group in equation.params["ft_in"].unpack())
-        constants, carry, scanned = inputs[:n_constants], inputs[n_constants : n_constants + n_carry], inputs[n_constants + n_carry :]
+        constants, rest = inputs[:n_constants], inputs[n_constants:]
+        carry, scanned = rest[:n_carry], rest[n_carry:]
         trips = Dim(equation.params["length"])
         sliced = []
         for whole in scanned:
@@ -216,7 +231,7 @@ class _Reader:
         return results
 
     def _shard_map(self, equation: Any, inputs: list[Value]) -> list[Value]:
-        """Inside, dimensions that are split by hand are shorter: those are new classes, the others stay what they are."""
+        """Inside, a dimension that is split by hand is shorter and a new class; the others stay what they are."""
         body = equation.params["jaxpr"].jaxpr
         inside = [self._resized(value, var.aval.shape) for value, var in zip(inputs, body.invars, strict=True)]
         results = self.run(body, inside)

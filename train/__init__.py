@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class _CallablePackage(types.ModuleType):
-    """Importing any of its modules binds `meshloom.train` to this package, so the package must answer the call itself."""
+    """Importing any of its modules binds `meshloom.train` to this package, so the package must answer the call."""
 
     def __call__(self, config: "TrainConfig") -> "Run":
         from meshloom.train.loop import train

@@ -1,10 +1,11 @@
-"""Attention in blocks with an online softmax, as plain XLA; forward and backward visit only blocks that the mask can allow.
+"""Attention in blocks with an online softmax, as plain XLA; only blocks that the mask can allow are visited.
 
-The pairs (query block, key block) are listed once, at trace time, from the causal offset and the window; a `lax.scan` runs over the list, so
-the program's size does not grow with the sequence. Scores exist for one pair at a time. The backward pass recomputes them from the saved
-log-sum-exp (Dao 2023, FlashAttention-2, algorithm 2).
+The pairs (query block, key block) are listed once, at trace time, from the causal offset and the window; a `lax.scan`
+runs over the list, so the program's size does not grow with the sequence. Scores exist for one pair at a time. The
+backward pass recomputes them from the saved log-sum-exp (Dao 2023, FlashAttention-2, algorithm 2).
 
-Shape legend: B batch, T queries, S keys, N heads, K kv heads, G = N / K, H head dim, I query blocks, J key blocks, c block length.
+Shape legend: B batch, T queries, S keys, N heads, K kv heads, G = N / K, H head dim, I query blocks, J key blocks, c
+    block length.
 """
 
 import dataclasses
@@ -84,7 +85,7 @@ def _put(x, index, block: int, axis: int, value):
 
 
 def _scores(static: _Static, mask: Mask, pair, q, k):
-    """Masked scores of one pair [B, K, G, c, c], what they were before the soft cap, and the truth table [b, 1, 1, c, c]."""
+    """Masked scores of one pair [B, K, G, c, c], what they were before the soft cap, and the mask [b, 1, 1, c, c]."""
     raw = static.scale * jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32)
     lanes = jnp.arange(static.block)
     allowed = mask.allowed(
@@ -99,7 +100,6 @@ def _forward(static: _Static, q, k, v, mask: Mask):
     block = static.block
 
     def visit(carry, pair):
-        top, norm, out = carry
         i, j = pair
         scores, _, allowed = _scores(static, mask, pair, _block(q, i, block, 3), _block(k, j, block, 2))
         top_i, norm_i, out_i = (_block(x, i, block, 3) for x in carry)
@@ -160,7 +160,7 @@ def _attend_bwd(static: _Static, residuals, d_out):
     start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
     grads, _ = jax.lax.scan(visit, start, jnp.asarray(static.pairs(mask)))
     dq, dk, dv = (g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
-    return dq, dk, dv, jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), mask)
+    return dq, dk, dv, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

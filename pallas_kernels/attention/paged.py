@@ -1,10 +1,12 @@
 """Ragged paged attention as plain XLA: work follows the actual lengths, not the padded ones.
 
-Two kinds of rows, two loops, one online softmax. Sequences with a single row (decode) go together, all of them over one block of keys at a
-time, until the longest is done. Sequences with several rows (prefill) go one after the other in tiles of query rows, each over the key
-blocks that its causal range and window reach. Trip counts are data, so one program serves every mix of lengths in its bucket.
+Two kinds of rows, two loops, one online softmax. Sequences with a single row (decode) go together, all of them over
+one block of keys at a time, until the longest is done. Sequences with several rows (prefill) go one after the other
+in tiles of query rows, each over the key blocks that its causal range and window reach. Trip counts are data, so one
+program serves every mix of lengths in its bucket.
 
-Shape legend: T rows, S sequences, N heads, K kv heads, G = N / K, H head dim, P pages, W pages per sequence, c keys per block, t rows per tile.
+Shape legend: T rows, S sequences, N heads, K kv heads, G = N / K, H head dim, P pages, W pages per sequence, c keys
+    per block, t rows per tile.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""What attention means: float32 einsums, short enough to check by eye. Every other implementation is tested against these.
+"""What attention means: float32 einsums, short enough to check by eye; all else is tested against them.
 
 Shape legend: see spec.py.
 """
@@ -19,7 +19,7 @@ def attention_reference(
     soft_cap: float | None,
     bias: Float[Array, "#B #N T S"] | None,
 ) -> Float[Array, "B T N Hv"]:
-    """softmax(soft_cap(scale * q k) + bias) v over the keys that `mask` allows, in float32; zeros where it allows none."""
+    """softmax(soft_cap(scale * q k) + bias) v over the keys that `mask` allows; zeros where it allows none."""
     q_total, kv_total, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x.astype(jnp.float32), group, axis=2) for x in (k, v))
     scores = soft_capped(jnp.einsum("btnh,bsnh->bnts", q.astype(jnp.float32), k) * scale, soft_cap)
@@ -62,6 +62,7 @@ def paged_attention_reference(
     scores = jnp.where(allowed, scores, -jnp.inf)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    # Keys past a sequence's end may hold anything that was in the page; a weight of exactly zero must not turn it into NaN.
+    # Keys past a sequence's end may hold anything that was in the page; a weight of exactly zero must not turn it
+    # into NaN.
     values = jnp.where(allowed[:, :, None, None], values, 0.0)
     return jnp.einsum("nts,tsnh->tnh", weights, values).astype(q.dtype), pages

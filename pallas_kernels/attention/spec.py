@@ -1,17 +1,21 @@
 """The words of attention: masks, ragged steps and paged caches, as data.
 
-Shape legend: B batch, T query length (or token rows of a ragged step), S kv length (or sequences of a ragged step), N heads,
-K kv heads, G = N / K, H head dim, P pages, W pages per sequence.
+Shape legend: B batch, T query length (or token rows of a ragged step), S kv length (or sequences of a ragged step), N
+    heads, K kv heads, G = N / K, H head dim, P pages, W pages per sequence.
 """
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from meshloom.core.errors import MeshloomError
+
+# JAX also builds pytree nodes around placeholders (specs, shardings, sentinels), so their fields admit anything.
+Leaf = Any
 
 
 @partial(
@@ -32,9 +36,9 @@ class Mask:
 
     causal: bool = True
     window: int | None = None
-    q_segments: Int[Array, "B T"] | None = None
-    kv_segments: Int[Array, "B S"] | None = None
-    kv_lens: Int[Array, "B"] | None = None
+    q_segments: Int[Array, "B T"] | Leaf | None = None
+    kv_segments: Int[Array, "B S"] | Leaf | None = None
+    kv_lens: Int[Array, "B"] | Leaf | None = None
 
     def allowed(
         self, q_index: Int[Array, "T"], kv_index: Int[Array, "S"], q_total: int, kv_total: int
@@ -70,10 +74,10 @@ class Ragged:
     Rows from cu_q_lens[num_seqs] on are padding: they are written nowhere and their output is finite and meaningless.
     """
 
-    kv_lens: Int[Array, "S"]
-    page_table: Int[Array, "S W"]
-    cu_q_lens: Int[Array, "S_plus_1"]
-    num_seqs: Int[Array, ""]
+    kv_lens: Int[Array, "S"] | Leaf
+    page_table: Int[Array, "S W"] | Leaf
+    cu_q_lens: Int[Array, "S_plus_1"] | Leaf
+    num_seqs: Int[Array, ""] | Leaf
 
     def sequence_of(self, rows: int) -> Int[Array, "T"]:
         """The sequence that each of the first `rows` rows belongs to (clipped for padding rows)."""
@@ -103,8 +107,8 @@ class Ragged:
 class KVPages:
     """One layer's share of the paged cache: keys and values in pages of `page_size` tokens."""
 
-    k: Float[Array, "*L P page K H"]
-    v: Float[Array, "*L P page K H"]
+    k: Float[Array, "*L P page K H"] | Leaf
+    v: Float[Array, "*L P page K H"] | Leaf
 
     @classmethod
     def zeros(cls, num_pages: int, page_size: int, n_kv_heads: int, head_dim: int, dtype) -> "KVPages":

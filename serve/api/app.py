@@ -1,7 +1,8 @@
 """The OpenAI-compatible HTTP application over one engine.
 
-Guarantees that nothing in a body is ignored (unknown or unsupported fields are 400s that name them), that errors have OpenAI's
-shape, and that a client which goes away takes its requests with it. Past `engine.prepare` everything is tokens.
+Guarantees that nothing in a body is ignored (unknown or unsupported fields are 400s that name them), that errors have
+OpenAI's shape, and that a client which goes away takes its requests with it. Past `engine.prepare` everything is
+tokens.
 """
 
 import json
@@ -21,7 +22,7 @@ from starlette.types import ASGIApp
 
 from meshloom.core.errors import MeshloomError, RequestError
 from meshloom.serve.api import fields
-from meshloom.serve.api.connection import Disconnected, EventStream, unless_disconnected
+from meshloom.serve.api.connection import DisconnectedError, EventStream, unless_disconnected
 from meshloom.serve.api.errors import APIError, from_validation
 from meshloom.serve.api.protocol import MAX_CHOICES, ChatBody, CompletionBody, Sampling
 from meshloom.serve.api.replies import ChatReply, TextReply
@@ -101,7 +102,7 @@ class API:
             return EventStream(self._events(requests, prompt_tokens, reply, include_usage=body.include_usage))
         try:
             return JSONResponse(await unless_disconnected(http.receive, self._whole(requests, prompt_tokens, reply)))
-        except Disconnected:
+        except DisconnectedError:
             return Response(status_code=CLIENT_CLOSED)
 
     async def _whole(self, requests: list[Request], prompt_tokens: int, reply: TextReply) -> dict[str, Any]:
@@ -131,7 +132,10 @@ class API:
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self._model_name:
             raise APIError(
-                404, f"model {name!r} is not served here; this server has {self._model_name!r}", param="model", code="model_not_found"
+                404,
+                f"model {name!r} is not served here; this server has {self._model_name!r}",
+                param="model",
+                code="model_not_found",
             )
 
     def _card(self) -> dict[str, Any]:
@@ -145,7 +149,9 @@ class API:
         }
 
 
-async def _parse[Body: Sampling](http: HTTPRequest, form: type[Body], unsupported: dict[str, tuple[tuple, str]]) -> Body:
+async def _parse[Body: Sampling](
+    http: HTTPRequest, form: type[Body], unsupported: dict[str, tuple[tuple, str]]
+) -> Body:
     """The checked body. Raises APIError."""
     try:
         raw = json.loads(await http.body())
@@ -185,7 +191,11 @@ def _with_key(api_key: str) -> Callable[[ASGIApp], ASGIApp]:
     def guard(app: ASGIApp) -> ASGIApp:
         async def guarded(scope, receive, send) -> None:
             given = dict(scope.get("headers", ())).get(b"authorization", b"")
-            if scope["type"] == "http" and scope["path"].startswith("/v1") and not secrets.compare_digest(given, expected):
+            if (
+                scope["type"] == "http"
+                and scope["path"].startswith("/v1")
+                and not secrets.compare_digest(given, expected)
+            ):
                 refusal = APIError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
                 await refusal.response()(scope, receive, send)
             else:

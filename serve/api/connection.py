@@ -12,7 +12,7 @@ from meshloom.core.errors import MeshloomError
 from meshloom.serve.api.errors import APIError
 
 
-class Disconnected(Exception):
+class DisconnectedError(Exception):
     """The client closed the connection before its answer was complete."""
 
 
@@ -20,13 +20,13 @@ async def unless_disconnected[T](receive: Receive, work: Coroutine[Any, Any, T])
     """The result of `work`, which is cancelled when the client disconnects. The request's body must have been read.
 
     Raises:
-        Disconnected: the client went away first.
+        DisconnectedError: the client went away first.
     """
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_until_gone(receive))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise Disconnected
+            raise DisconnectedError
         return working.result()
     finally:
         working.cancel()
@@ -40,7 +40,10 @@ async def _until_gone(receive: Receive) -> None:
 
 
 class EventStream:
-    """An ASGI response: one `data:` line per event, then `[DONE]`. `events` is closed, hence its work aborted, on disconnect."""
+    """An ASGI response: one `data:` line per event, then `[DONE]`.
+
+    On disconnect `events` is closed, which aborts the work behind it.
+    """
 
     def __init__(self, events: AsyncGenerator[dict[str, Any], None]):
         self._events = events
@@ -48,7 +51,7 @@ class EventStream:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        with contextlib.suppress(Disconnected):
+        with contextlib.suppress(DisconnectedError):
             await unless_disconnected(receive, self._send_all(send))
 
     async def _send_all(self, send: Send) -> None:

@@ -1,7 +1,7 @@
 """Fields of the OpenAI API that this server knows but does not honour: refused, never ignored.
 
-A value that asks for nothing (the default, or a label that changes no output) is accepted; any other is a 400 that names the field
-and what to use instead.
+A value that asks for nothing (the default, or a label that changes no output) is accepted; any other is a 400 that
+names the field and what to use instead.
 """
 
 from typing import Any
@@ -66,7 +66,9 @@ def drop_unsupported(body: dict[str, Any], unsupported: dict[str, tuple[tuple, s
             continue
         harmless, instead = unsupported[name]
         if value is not None and not any(_same(value, default) for default in harmless):
-            raise APIError(400, f"{name}={value!r} is not supported: {instead}", param=name, code="unsupported_parameter")
+            raise APIError(
+                400, f"{name}={value!r} is not supported: {instead}", param=name, code="unsupported_parameter"
+            )
     return kept
 
 

@@ -1,7 +1,7 @@
 """Bodies of the OpenAI API that this server honours, field by field; anything else is refused before it gets here.
 
-`/v1/completions` and `/v1/chat/completions` after the public API reference, plus `top_k`, `min_p`, `stop_token_ids` and `ignore_eos`
-as vLLM and others spell them.
+`/v1/completions` and `/v1/chat/completions` after the public API reference, plus `top_k`, `min_p`, `stop_token_ids`
+and `ignore_eos` as vLLM and others spell them.
 """
 
 from typing import Annotated, Any, Literal

@@ -1,7 +1,8 @@
-"""Runs the HTTP application: in the foreground for `meshloom serve`, or in a thread for tests, notebooks and the quickstart.
+"""Runs the HTTP application: in the foreground for `meshloom serve`, or in a thread for tests, notebooks and the
+quickstart.
 
-Guarantees that the port is taken before anything is announced, that an interrupt lets running answers finish for `drain_seconds`
-before they are aborted, and that leaving the thread's `with` block leaves nothing behind.
+Guarantees that the port is taken before anything is announced, that an interrupt lets running answers finish for
+`drain_seconds` before they are aborted, and that leaving the thread's `with` block leaves nothing behind.
 """
 
 import contextlib
@@ -38,7 +39,9 @@ def _listen(config: ServeConfig) -> tuple[socket.socket, str]:
     try:
         listener = socket.create_server((config.host, config.port), family=family, backlog=2048)
     except OSError as error:
-        raise ConfigError(f"cannot listen on {config.host}:{config.port}: {error.strerror}; choose another port, or 0") from error
+        raise ConfigError(
+            f"cannot listen on {config.host}:{config.port}: {error.strerror}; choose another port, or 0"
+        ) from error
     host = f"[{config.host}]" if ":" in config.host else config.host
     return listener, f"http://{host}:{listener.getsockname()[1]}"
 
@@ -51,12 +54,13 @@ def _server(engine: Engine, config: ServeConfig, on_ready: Callable[[], None]) -
     return _Server(settings, on_ready)
 
 
-def serve(lm: LanguageModel, config: ServeConfig = ServeConfig()) -> None:
+def serve(lm: LanguageModel, config: ServeConfig | None = None) -> None:
     """Serve until interrupted; then finish what is running, for at most `drain_seconds`, and return.
 
     Raises:
         ConfigError: the port is taken.
     """
+    config = config or ServeConfig()
     console = Console(stderr=True, highlight=False)
     listener, url = _listen(config)
     with listener, Engine(lm, config.engine, name=config.model_name) as engine:
@@ -77,10 +81,11 @@ def serve(lm: LanguageModel, config: ServeConfig = ServeConfig()) -> None:
 class ServerThread:
     """`with ServerThread(engine) as server:` serves at `server.url` inside the block.
 
-    The engine stays the caller's: it is not closed.
+    The engine stays the caller's: it is not closed. Without a `config`: a free port, five seconds to drain.
     """
 
-    def __init__(self, engine: Engine, config: ServeConfig = ServeConfig(port=0, drain_seconds=5)):
+    def __init__(self, engine: Engine, config: ServeConfig | None = None):
+        config = config or ServeConfig(port=0, drain_seconds=5)
         self._listener, self.url = _listen(config)
         self._ready = threading.Event()
         self._server = _server(engine, config, self._ready.set)

@@ -40,12 +40,17 @@ class AttentionCase:
         ids = None
         if self.segments:
             ids = jnp.asarray(np.sort(rng.integers(1, 1 + self.segments, (self.batch, self.kv_len))), jnp.int32)
-        return q, k, v, Mask(
-            causal=self.causal,
-            window=self.window,
-            q_segments=None if ids is None else ids[:, self.kv_len - self.q_len :],
-            kv_segments=ids,
-            kv_lens=None if self.lens is None else jnp.asarray(self.lens, jnp.int32),
+        return (
+            q,
+            k,
+            v,
+            Mask(
+                causal=self.causal,
+                window=self.window,
+                q_segments=None if ids is None else ids[:, self.kv_len - self.q_len :],
+                kv_segments=ids,
+                kv_lens=None if self.lens is None else jnp.asarray(self.lens, jnp.int32),
+            ),
         )
 
 

@@ -1,4 +1,4 @@
-"""Paged attention over ragged steps equals attention over whole sequences, whatever the pages, chunks and neighbours."""
+"""Paged attention over ragged steps equals attention over whole sequences, whatever the pages and chunks."""
 
 import jax
 import jax.numpy as jnp
@@ -51,9 +51,9 @@ class PagedRun:
         # Padding rows carry NaN into q; k and v padding must be dropped by the write.
         arrays[0] = jnp.nan_to_num(arrays[0])
         ragged = Ragged(jnp.asarray(kv_lens), jnp.asarray(table), jnp.asarray(cu), jnp.asarray(len(active), jnp.int32))
-        out, self.pages = jax.jit(
-            lambda *args: paged_attention(*args, **self.options, implementation=implementation)
-        )(*arrays, self.pages, ragged)
+        out, self.pages = jax.jit(lambda *args: paged_attention(*args, **self.options, implementation=implementation))(
+            *arrays, self.pages, ragged
+        )
         results = []
         for slot, i in enumerate(active):
             results.append((i, self.done[i], np.asarray(out[cu[slot] : cu[slot + 1]])))

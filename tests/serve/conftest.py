@@ -11,9 +11,7 @@ from meshloom.models.tokenizer import Tokenizer, train_byte_bpe
 from meshloom.serve.config import EngineConfig
 from meshloom.serve.engine import Engine
 
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-)
+CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 
 CONFIG = DecoderConfig(
     vocab_size=320,
@@ -29,6 +27,7 @@ CONFIG = DecoderConfig(
 )
 
 SIZES = EngineConfig(buckets=(1, 8, 32), max_num_seqs=4, page_size=4)
+SMALL = EngineConfig(buckets=(8,), max_num_seqs=4, page_size=4)  # one program: engines that only one test needs
 
 
 @pytest.fixture(scope="session")

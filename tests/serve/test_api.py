@@ -16,7 +16,7 @@ from meshloom.serve.config import ServeConfig
 from meshloom.serve.engine import Engine
 from meshloom.serve.request import SamplingParams
 
-from .conftest import SIZES
+from .conftest import SMALL
 
 CONFIG = ServeConfig(port=0, model_name="tiny", drain_seconds=5)
 HELLO = [{"role": "user", "content": "hello"}]
@@ -85,7 +85,8 @@ def test_streamed_pieces_join_to_the_whole_answer(client):
     chunks = list(client.completions.create(**options, stream=True, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == whole.choices[0].text
     assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
-    assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage == whole.usage
     assert len({chunk.id for chunk in chunks}) == 1
 
 
@@ -113,7 +114,8 @@ def test_several_answers_with_a_seed_are_different_and_repeat(client):
         return [choice.message.content for choice in reply.choices]
 
     first = ask()
-    assert len(set(first)) > 1 and ask() == first
+    assert len(set(first)) > 1
+    assert ask() == first
 
 
 def test_stop_strings_are_honoured_in_streams(client):
@@ -124,7 +126,8 @@ def test_stop_strings_are_honoured_in_streams(client):
     for chunk in client.completions.create(**options, stop=[stop], stream=True):
         text += chunk.choices[0].text
         reason = chunk.choices[0].finish_reason or reason
-    assert text == whole[: whole.index(stop)] and reason == "stop"
+    assert text == whole[: whole.index(stop)]
+    assert reason == "stop"
 
 
 def test_sixteen_streams_at_once_get_what_each_gets_alone(server, engine):
@@ -175,27 +178,37 @@ def test_a_client_that_disconnects_is_aborted(server, engine, monkeypatch, strea
 
 def test_a_prompt_that_is_too_long_is_a_400_with_both_numbers(client):
     error = refused(client.completions.create, prompt=[5] * 100, max_tokens=1)
-    assert "64 tokens" in error.message and "100 in the prompt" in error.message
+    assert "64 tokens" in error.message
+    assert "100 in the prompt" in error.message
     error = refused(client.chat.completions.create, messages=HELLO, max_tokens=1000)
-    assert "64 tokens" in error.message and "1000 to generate" in error.message
+    assert "64 tokens" in error.message
+    assert "1000 to generate" in error.message
 
 
 def test_an_unknown_field_is_named_with_the_nearest_known_one(client):
     error = refused(client.completions.create, prompt="x", extra_body={"temprature": 1})
-    assert error.param == "temprature" and "did you mean 'temperature'" in error.message
+    assert error.param == "temprature"
+    assert "did you mean 'temperature'" in error.message
     error = refused(client.chat.completions.create, messages=HELLO, extra_body={"max_new_tokens": 3})
-    assert "max_new_tokens" in error.message and "did you mean 'max_tokens'" in error.message
+    assert "max_new_tokens" in error.message
+    assert "did you mean 'max_tokens'" in error.message
     error = refused(client.chat.completions.create, messages=[HELLO[0] | {"colour": "red"}])
     assert "colour" in error.message
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("presence_penalty", 0.5), ("logit_bias", {"5": 10}), ("logprobs", True), ("response_format", {"type": "json_object"})],
+    [
+        ("presence_penalty", 0.5),
+        ("logit_bias", {"5": 10}),
+        ("logprobs", True),
+        ("response_format", {"type": "json_object"}),
+    ],
 )
 def test_a_known_field_that_is_not_supported_is_refused_unless_it_asks_for_nothing(client, field, value):
     error = refused(client.chat.completions.create, messages=HELLO, **{field: value})
-    assert error.param == field and "not supported" in error.message
+    assert error.param == field
+    assert "not supported" in error.message
     default = {"presence_penalty": 0, "logit_bias": {}, "logprobs": False, "response_format": {"type": "text"}}[field]
     options = {"user": "me", "metadata": {"a": "b"}, field: default}
     client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=1, **options)
@@ -237,7 +250,8 @@ def test_what_is_not_json_and_unknown_paths_are_told_in_the_same_shape(server):
             return reply.code, json.loads(reply.read())["error"]["message"]
 
     status, message = error_of("/v1/completions", b"{")
-    assert status == 400 and "not JSON" in message
+    assert status == 400
+    assert "not JSON" in message
     assert error_of("/v1/completions", b"[]")[0] == 400
     assert error_of("/v1/nothing", None)[0] == 404
     assert error_of("/v1/completions", None)[0] == 405
@@ -275,26 +289,27 @@ def test_an_api_key_is_asked_for_when_set(engine):
 
 
 def test_a_model_without_chat_template_points_to_completions(lm):
-    with Engine(lm, SIZES) as engine, ServerThread(engine, CONFIG) as server:
+    with Engine(lm, SMALL) as engine, ServerThread(engine, CONFIG) as server:
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
             error = refused(client.chat.completions.create, messages=HELLO)
             assert "/v1/completions" in error.message
 
 
 def test_a_failed_engine_is_unhealthy_and_says_why(chat_lm):
-    with Engine(chat_lm, SIZES) as engine, ServerThread(engine, CONFIG) as server:
+    with Engine(chat_lm, SMALL) as engine, ServerThread(engine, CONFIG) as server:
         engine.close()
         with pytest.raises(urllib.error.HTTPError) as failure:
             urllib.request.urlopen(f"{server.url}/health")
         with failure.value as reply:
-            assert reply.code == 503 and "closed" in json.loads(reply.read())["status"]
+            assert reply.code == 503
+            assert "closed" in json.loads(reply.read())["status"]
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
             with pytest.raises(openai.InternalServerError, match="closed"):
                 client.completions.create(model="tiny", prompt="x")
 
 
 def test_a_step_that_fails_mid_stream_is_told_in_the_stream(chat_lm, monkeypatch, caplog):
-    with Engine(chat_lm, SIZES) as engine, ServerThread(engine, CONFIG) as server:
+    with Engine(chat_lm, SMALL) as engine, ServerThread(engine, CONFIG) as server:
         step, calls = engine._runner.step, []
 
         def explode(chunks):

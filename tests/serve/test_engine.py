@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
+from meshloom.core.compile import CompileGuard
 from meshloom.core.errors import ConfigError, MeshloomError, ModelError, RequestError
 from meshloom.models.config import EncoderDecoderConfig
 from meshloom.models.decoder import Decoder
@@ -22,8 +23,7 @@ from meshloom.serve.engine import Engine
 from meshloom.serve.request import SamplingParams
 from meshloom.sharding import derive
 
-
-SMALL = EngineConfig(buckets=(8,), max_num_seqs=4, page_size=4)  # one program: engines that only one test needs
+from .conftest import SMALL
 
 
 def random_prompts(count, seed, longest=30):
@@ -76,7 +76,9 @@ def test_tokens_do_not_depend_on_batch_chunking_or_bucket(lm, prompts, expected,
         assert [c.token_ids for c in backwards] == expected[::-1]
         assert [engine.generate([p], GREEDY)[0].token_ids for p in prompts[:2]] == expected[:2]
         assert engine.free_pages == engine.cache.num_pages
-        preempted = engine.metrics.registry.get_sample_value("meshloom:num_preemptions_total", {"model_name": "meshloom"})
+        preempted = engine.metrics.registry.get_sample_value(
+            "meshloom:num_preemptions_total", {"model_name": "meshloom"}
+        )
         assert (preempted > 0) == (config.num_pages == 30)
 
 
@@ -93,6 +95,14 @@ def test_tokens_do_not_depend_on_arrival_order(lm, engine, prompts, expected):
         return await asyncio.gather(*(one(i, delay) for i, delay in enumerate(delays)))
 
     assert asyncio.run(everybody()) == expected
+
+
+def test_nothing_compiles_after_ready(engine, prompts):
+    greedy, random = GREEDY, SamplingParams(max_tokens=7, temperature=0.9, top_p=0.8, top_k=9, min_p=0.01, stop="zz")
+    with CompileGuard():
+        engine.generate(prompts[:1], greedy)
+        engine.generate(prompts, [greedy, random] * 4 + [random])
+        engine.generate([[9] * length for length in range(1, 33)], SamplingParams(max_tokens=1))
 
 
 def test_seeded_sampling_repeats_in_any_company(engine, prompts):
@@ -164,7 +174,8 @@ def test_without_a_limit_a_request_fills_the_context(engine):
 def test_a_model_without_tokenizer_takes_token_ids_only(lm, prompts, expected):
     with Engine(LanguageModel(lm.module, lm.config, None), SMALL) as engine:
         completion = engine.generate(prompts[:1], GREEDY)[0]
-        assert completion.token_ids == expected[0] and completion.text == ""
+        assert completion.token_ids == expected[0]
+        assert completion.text == ""
         with pytest.raises(RequestError, match="no tokenizer"):
             engine.generate(["text"], GREEDY)
 

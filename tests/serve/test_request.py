@@ -26,7 +26,8 @@ def test_nonsense_is_refused_with_the_value(fields, message):
 
 def test_integers_and_single_strings_are_taken_as_meant():
     params = SamplingParams(temperature=1, stop="end")
-    assert params.temperature == 1.0 and params.stop == ("end",)
+    assert params.temperature == 1.0
+    assert params.stop == ("end",)
 
 
 def test_a_given_seed_is_the_same_draw_and_none_is_not():

@@ -48,17 +48,20 @@ def check_step(scheduler, chunks):
     assert len(chunks) <= scheduler.max_num_seqs
     assert len({chunk.sequence.id for chunk in chunks}) == len(chunks)
     held = held_pages(scheduler)
-    assert len(held) == len(set(held)) and len(held) + scheduler.pages.free == scheduler.pages.num_pages
+    assert len(held) == len(set(held))
+    assert len(held) + scheduler.pages.free == scheduler.pages.num_pages
     assert not any(sequence.pages or sequence.computed for sequence in scheduler.waiting)
     for chunk in chunks:
         sequence, end = chunk.sequence, chunk.sequence.computed + chunk.count
-        assert 1 <= chunk.count and end <= len(sequence.tokens)
+        assert chunk.count >= 1
+        assert end <= len(sequence.tokens)
         assert chunk.samples == (end == len(sequence.tokens))
         assert end <= len(sequence.pages) * scheduler.page_size
     running = [sequence.id for sequence in scheduler.running]
     assert running == sorted(running), "admission is first come, first served"
     waiting = [sequence.id for sequence in scheduler.waiting]
-    assert waiting == sorted(waiting) and (not running or not waiting or running[-1] < waiting[0])
+    assert waiting == sorted(waiting)
+    assert not running or not waiting or running[-1] < waiting[0]
 
 
 def simulate(scheduler, arrivals, limit=20_000):
@@ -99,9 +102,7 @@ def test_everybody_finishes_and_no_page_is_leaked_or_shared(workload):
     assert scheduler.pages.free == scheduler.pages.num_pages
     assert not scheduler.has_work
     assert len(set(finished)) == len(finished)
-    never_aborted = {
-        i for i, a in enumerate(sorted(arrivals, key=lambda a: a.step)) if a.aborted_after is None
-    }
+    never_aborted = {i for i, a in enumerate(sorted(arrivals, key=lambda a: a.step)) if a.aborted_after is None}
     assert never_aborted <= set(finished)
 
 
@@ -120,7 +121,11 @@ def test_decodes_come_first_then_running_prompts_then_waiting_ones():
     scheduler.commit(chunks)
     first.tokens.append(1)
     chunks = scheduler.schedule()
-    assert [(chunk.sequence.id, chunk.count, chunk.samples) for chunk in chunks] == [(0, 1, True), (1, 1, True), (2, 6, False)]
+    assert [(chunk.sequence.id, chunk.count, chunk.samples) for chunk in chunks] == [
+        (0, 1, True),
+        (1, 1, True),
+        (2, 6, False),
+    ]
 
 
 def test_out_of_pages_the_youngest_gives_way_and_is_first_in_line_again():
@@ -135,10 +140,13 @@ def test_out_of_pages_the_youngest_gives_way_and_is_first_in_line_again():
             chunk.sequence.tokens.append(1)
     assert scheduler.running == [old]
     assert list(scheduler.waiting) == [young, late]
-    assert young.computed == 0 and len(young.tokens) > 4, "what it generated is kept and recomputed"
+    assert young.computed == 0
+    assert len(young.tokens) > 4, "what it generated is kept and recomputed"
 
 
 def test_a_request_that_can_never_fit_is_refused_with_its_numbers():
     scheduler = Scheduler(num_pages=4, page_size=4, max_num_seqs=2, max_tokens_per_step=8)
-    with pytest.raises(RequestError, match=r"17 tokens \(prompt 10 \+ output 7\) need 5 KV pages of 4 tokens; the cache has 4"):
+    with pytest.raises(
+        RequestError, match=r"17 tokens \(prompt 10 \+ output 7\) need 5 KV pages of 4 tokens; the cache has 4"
+    ):
         scheduler.add(Sequence(0, [1] * 10, 7))

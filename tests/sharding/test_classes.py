@@ -57,7 +57,8 @@ def test_a_reshape_whose_boundaries_do_not_nest_makes_new_classes():
     a, b = Dim(6), Dim(4)
     result = regroup([a, b], [4, 6])
     assert [dim.size for dim in result] == [4, 6]
-    assert not same(result[0], b) and not same(result[1], a)
+    assert not same(result[0], b)
+    assert not same(result[1], a)
 
 
 def test_dimensions_of_size_one_tie_nothing():

@@ -1,4 +1,5 @@
-"""Every family of ours, scanned and unrolled: the derived layout is the one that an expert would write down by weight name.
+"""Every family of ours, scanned and unrolled: the derived layout is the one that an expert would write down by weight
+name.
 
 Names appear only here, on the side of the expert.
 """
@@ -98,7 +99,9 @@ def test_every_family_gets_the_layout_of_an_expert(path, scan):
         assert_expert_layout(config, axes)
 
 
-ROOMY = DecoderConfig(vocab_size=96, d_model=32, n_layers=4, n_heads=8, n_kv_heads=4, head_dim=8, d_ff=48, scan_layers=True)
+ROOMY = DecoderConfig(
+    vocab_size=96, d_model=32, n_layers=4, n_heads=8, n_kv_heads=4, head_dim=8, d_ff=48, scan_layers=True
+)
 
 
 @pytest.mark.parametrize(

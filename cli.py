@@ -1,0 +1,249 @@
+"""The command line: `meshloom COMMAND ...`, each command a frozen dataclass whose fields are its flags.
+
+Values come from the defaults, then from `--config FILE.toml`, then from flags. A name that is no flag or key is refused
+with the nearest valid one. Asking for help imports neither JAX nor Flax; `commands.py`, which does the work, does.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from typing import Annotated, Literal
+
+import tyro
+
+from meshloom.core.config import load_toml, nearest
+from meshloom.core.errors import ConfigError, MeshloomError
+from meshloom.serve.config import BenchServeConfig, ChatConfig, EngineConfig, ServeConfig
+from meshloom.serve.request import SamplingParams
+from meshloom.train.config import TrainConfig
+
+ONE_SEQUENCE = EngineConfig(max_num_seqs=1, buckets=(1, 32, 256), kv_cache_memory=0.5)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Common:
+    """What every command takes.
+
+    Attributes:
+        config: TOML file whose keys are the names of these flags, with _ for -; flags override it.
+        json: print one JSON object on standard output, and nothing else there.
+    """
+
+    config: pathlib.Path | None = None
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model(Common):
+    """What a command about one model takes.
+
+    Attributes:
+        model: smollm2 (the embedded default), a preset, a Hugging Face id or folder, a .gguf file, or a run's folder.
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = "smollm2"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placed(Common):
+    """What a command that loads weights takes.
+
+    Attributes:
+        dtype: type of the weights and the computation; auto is float32 on the CPU and the files' own elsewhere.
+        devices: "local" is what this machine has; "cpu:8" simulates 8 devices.
+        mesh: axis sizes, as in "fsdp=4,tensor=2"; None is one device, or `plan`'s choice if --devices is given.
+    """
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    devices: str = "local"
+    mesh: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate(SamplingParams, Placed, Model):
+    """Complete a prompt and print the text as it comes.
+
+    Attributes:
+        prompt: text to go on from; None reads standard input.
+        chat: put the prompt as a user's message through the model's chat template.
+        engine: sizes of the engine.
+    """
+
+    prompt: str | None = None
+    chat: bool = False
+    engine: EngineConfig = ONE_SEQUENCE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chat(ChatConfig, Placed, Model):
+    """Talk with a model in the terminal."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Serve(ServeConfig, Placed, Model):
+    """Serve a model over HTTP, compatible with OpenAI's API."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train(TrainConfig, Common):
+    """Train a model; the same command goes on where an interrupted run stopped."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan(Model):
+    """Show how a model's weights would be spread over devices; neither weights nor devices are needed.
+
+    Attributes:
+        devices: "local", "cpu:8", or hardware that is elsewhere: "v5e:4x4", "2xv5e:16x16", "h100:8".
+        mesh: axis sizes over data, fsdp, expert, tensor; one may be -1, the rest. None: from 4 devices on expert=2 for
+            a mixture of experts, else tensor=2 if the key/value heads are even; fsdp takes the rest.
+    """
+
+    devices: str = "local"
+    mesh: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Convert(Common):
+    """Write a model as a Hugging Face folder that transformers opens.
+
+    Attributes:
+        source: what to convert: anything that `meshloom serve` takes.
+        out: folder to write; an existing model there is replaced once all is written.
+        dtype: type of the written weights; auto keeps the source's.
+    """
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")] = tyro.MISSING
+    out: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = tyro.MISSING
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchServe(BenchServeConfig, Placed):
+    """Measure the engine: tokens/s, time to the first token (s) and between tokens (s)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Info(Common):
+    """Print versions, devices, memory and cache folders."""
+
+
+# What is typed -> its flags. The function of `commands.py` that runs it has the same name.
+COMMANDS: dict[str, type[Common]] = {
+    "generate": Generate,
+    "chat": Chat,
+    "serve": Serve,
+    "train": Train,
+    "plan": Plan,
+    "convert": Convert,
+    "bench serve": BenchServe,
+    "info": Info,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line (default: this process's) and return the exit status.
+
+    0 is success, 2 a mistake of the user's with one line on standard error, 130 an interrupt.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in arguments
+    try:
+        if text := _answer(arguments):
+            print(text)
+            return 0
+        words = 2 if arguments[0] == "bench" else 1
+        name = " ".join(arguments[:words])
+        if name not in COMMANDS:
+            raise ConfigError(f"there is no command {name!r}; {nearest(name, COMMANDS)}")
+        command = parse(COMMANDS[name], arguments[words:], prog=f"meshloom {name}")
+        as_json = command.json
+        from meshloom import commands
+
+        result = getattr(commands, name.replace(" ", "_"))(command)
+        if as_json and result is not None:
+            print(json.dumps(result))
+        sys.stdout.flush()
+    except MeshloomError as error:
+        print(f"error: {error}", file=sys.stderr)
+        if as_json:
+            print(json.dumps({"error": str(error)}))
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough; leave the interpreter nothing to flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _answer(arguments: list[str]) -> str | None:
+    """What is answered without a command: the overview and the version."""
+    if arguments == ["--version"]:
+        from meshloom import __version__
+
+        return f"meshloom {__version__}"
+    asked = arguments[1:] if arguments[:1] == ["bench"] else arguments
+    return _overview() if not asked or asked[0] in ("-h", "--help") else None
+
+
+def parse(cls: type[Common], arguments: list[str], *, prog: str) -> Common:
+    """The command that `arguments` describe.
+
+    Raises:
+        ConfigError: a flag, a key of the `--config` file or a value is not valid.
+        SystemExit: help was asked for (0), or a flag's value cannot be read (2).
+    """
+    path = _value_of("--config", arguments)
+    given = {} if path is None else {"default": load_toml(cls, path)}
+    if given and given["default"].config is not None:
+        raise ConfigError(f"{path}: config: a file given with --config cannot name another")
+    command, unknown = tyro.cli(cls, prog=prog, args=arguments, return_unknown_args=True, **given)
+    if unknown:
+        flag = next((each for each in unknown if each.startswith("-")), None)
+        if flag is None:
+            raise ConfigError(f"{prog} does not take {unknown[0]!r}; `{prog} --help` lists what it takes")
+        raise ConfigError(f"{prog} has no option {flag}; {nearest(flag.split('=')[0].replace('_', '-'), flags(cls))}")
+    return command
+
+
+def _value_of(flag: str, arguments: list[str]) -> str | None:
+    for argument, following in zip_longest(arguments, arguments[1:]):
+        if argument == flag:
+            return following
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
+    return None
+
+
+def flags(cls: type, prefix: str = "--") -> Iterator[str]:
+    """Every flag of a command, nested ones as --engine.page-size."""
+    for field in dataclasses.fields(cls):
+        name = prefix + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(field.type):
+            yield from flags(field.type, f"{name}.")  # type: ignore[arg-type]
+        else:
+            yield name
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {(cls.__doc__ or '').splitlines()[0]}" for name, cls in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: meshloom COMMAND [OPTIONS]",
+            "",
+            "One model, trained and served; its sharding derived from the traced program.",
+            "",
+            *lines,
+            "",
+            "`meshloom COMMAND --help` lists its options with units and defaults; `meshloom --version` is the version.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""What the commands of the command line do: load, call the room that owns the work, print.
+
+A command prints for people unless `json`, and returns what `--json` prints. How flags are read is known to `cli.py`.
+"""
+
+import dataclasses
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from rich.console import Console
+
+import meshloom
+from meshloom import cli, models
+from meshloom.core.compile import cache_folder, enable_compilation_cache
+from meshloom.core.errors import ConfigError
+from meshloom.core.topology import abstract_mesh, make_mesh, parse_devices, use_devices
+from meshloom.loading import load
+from meshloom.models.language_model import LanguageModel
+from meshloom.models.source import abstract, resolve
+from meshloom.serve.config import BenchServeConfig, ChatConfig, ServeConfig
+from meshloom.serve.engine import Engine
+from meshloom.serve.request import SamplingParams
+from meshloom.sharding import derive, table
+from meshloom.sharding.explain import spec_text
+from meshloom.train.config import TrainConfig
+
+
+def _part[T](cls: type[T], command: Any) -> T:
+    """The room's own configuration out of a command that extends it."""
+    return cls(**{field.name: getattr(command, field.name) for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
+
+
+def _load(command: Any) -> LanguageModel:
+    """The command's model on its devices, with compiled programs kept on disk."""
+    mesh = _mesh(command)
+    enable_compilation_cache()
+    return load(command.model, dtype=None if command.dtype == "auto" else command.dtype, mesh=mesh)
+
+
+def _mesh(command: Any) -> Mesh | None:
+    if command.mesh is None and command.devices == "local":
+        return None
+    devices = use_devices(command.devices)
+    return make_mesh(command.mesh or default_axes(command.model, len(devices)), devices)
+
+
+def default_axes(model: str, count: int) -> dict[str, int]:
+    """The split that `Plan.mesh` documents."""
+    config, _ = abstract(model)
+    kv_heads = getattr(config, "n_kv_heads", config.n_heads)
+    if count < 4 or count % 2:
+        return {"fsdp": count}
+    if getattr(config, "moe", None) is not None:
+        return {"fsdp": count // 2, "expert": 2}
+    return {"fsdp": count // 2, "tensor": 2} if kv_heads % 2 == 0 else {"fsdp": count}
+
+
+def generate(command: cli.Generate) -> dict[str, Any]:
+    prompt = sys.stdin.read() if command.prompt is None else command.prompt
+    lm = _load(command)
+    templated = command.chat and lm.tokenizer is not None
+    if templated:
+        prompt = lm.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
+    text, tokens, reason = "", 0, None
+    with Engine(lm, command.engine) as engine:
+        request = engine.prepare(prompt, _part(SamplingParams, command), add_special=not templated)
+        for _, delta in engine.iterate(request):
+            text, tokens, reason = text + delta.text, tokens + len(delta.token_ids), delta.finish_reason
+            if not command.json:
+                print(delta.text, end="", flush=True)
+    if not command.json:
+        print()
+    usage = {"prompt_tokens": len(request.prompt), "completion_tokens": tokens}
+    return {"model": command.model, "text": text, "finish_reason": reason, "usage": usage}
+
+
+def chat(command: cli.Chat) -> None:
+    if command.json:
+        raise ConfigError("chat is a conversation, which has no JSON form; use `meshloom generate --chat --json`")
+    lm = _load(command)
+    from meshloom.serve.chat import chat  # here and below: the HTTP server and the trainer are slow to import
+
+    chat(lm, _part(ChatConfig, command))
+
+
+def serve(command: cli.Serve) -> None:
+    if command.json:
+        raise ConfigError(
+            "serve answers over HTTP and has no result to print as JSON; ask the server, as in GET /v1/models"
+        )
+    lm = _load(command)
+    from meshloom.serve.api.server import serve
+
+    serve(lm, _part(ServeConfig, command))
+
+
+def train(command: cli.Train) -> dict[str, Any]:
+    from meshloom.train.loop import train
+
+    run = train(_part(TrainConfig, command))
+    return {"folder": str(run.folder), "final_loss": run.final_loss}
+
+
+def plan(command: cli.Plan) -> dict[str, Any]:
+    count = parse_devices(command.devices).count or len(jax.devices())
+    mesh = abstract_mesh(command.mesh or default_axes(command.model, count), count)
+    layout = derive(abstract(command.model)[1], mesh)
+    if not command.json:
+        # A pipe has no width: wide enough for the longest names, so that a row stays a line.
+        Console(width=None if sys.stdout.isatty() else 180).print(table(layout))
+    rows = [
+        {
+            "parameter": row.name,
+            "shape": list(row.shape),
+            "dtype": str(row.dtype),
+            "spec": spec_text(row),
+            "rule": row.rule,
+            "roles": list(row.roles),
+            "bytes_per_device": row.bytes_per_device,
+        }
+        for row in layout.rows
+    ]
+    axes = dict(mesh.shape)
+    return {"model": command.model, "mesh": axes, "bytes_per_device": layout.bytes_per_device, "parameters": rows}
+
+
+def convert(command: cli.Convert) -> dict[str, Any]:
+    dtype = jnp.dtype(resolve(command.source).dtype if command.dtype == "auto" else command.dtype)
+    models.load(command.source, dtype=dtype).save(command.out)
+    if not command.json:
+        print(f"wrote {command.source} as {dtype.name} to {command.out}")
+    return {"source": command.source, "out": str(command.out), "dtype": dtype.name}
+
+
+def bench_serve(command: cli.BenchServe) -> dict[str, Any]:
+    lm = _load(command)
+    from meshloom.serve.bench import bench_serve
+
+    result = bench_serve(_part(BenchServeConfig, command), lm)
+    if not command.json:
+        _print_values(result)
+    return result
+
+
+def info(command: cli.Info) -> dict[str, Any]:
+    devices = jax.devices()
+    page, pages, free = (os.sysconf(name) for name in ("SC_PAGE_SIZE", "SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
+    result = {
+        "meshloom": meshloom.__version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("jax", "jaxlib", "flax")},
+        "system": platform.platform(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(page * pages / 2**30, 1),
+        "memory_free_gib": round(page * free / 2**30, 1),
+        "backend": jax.default_backend(),
+        "devices": [device.device_kind for device in devices],
+        "device_memory_gib": [
+            round((d.memory_stats() or {}).get("bytes_limit", 0) / 2**30, 1) or None for d in devices
+        ],
+        "cache": str(cache_folder()),
+        "compilation_cache": jax.config.jax_compilation_cache_dir or str(cache_folder() / "xla"),
+    }
+    if not command.json:
+        _print_values(result)
+    return result
+
+
+def _print_values(values: dict[str, Any]) -> None:
+    """One `name value` per line; nested tables as name.key."""
+    flat = list(_flat(values))
+    width = max(len(name) for name, _ in flat)
+    for name, value in flat:
+        print(f"{name:<{width}}  {_text(value)}")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -1,0 +1,69 @@
+"""Device strings and meshes say what they mean or are refused with what would work."""
+
+import jax
+import pytest
+
+from meshloom.core.errors import ConfigError, ShardingError
+from meshloom.core.topology import make_mesh, parse_devices, simulate_cpu_devices, use_devices
+
+
+@pytest.mark.parametrize(
+    ("text", "platform", "count"),
+    [
+        ("local", "local", 0),
+        ("cpu:8", "cpu", 8),
+        ("v5e:4x4", "v5e", 16),
+        ("2xv5e:16x16", "v5e", 512),
+        ("h100:16x8", "h100", 128),
+    ],
+)
+def test_device_strings(text, platform, count):
+    devices = parse_devices(text)
+    assert (devices.platform, devices.count) == (platform, count)
+
+
+@pytest.mark.parametrize("text", ["", "cpu", "cpu:0", "cpu:x", "8", "v5e:4x"])
+def test_malformed_device_strings_are_refused(text):
+    with pytest.raises(ConfigError, match="got"):
+        parse_devices(text)
+
+
+def test_unknown_chip_names_the_nearest():
+    with pytest.raises(ConfigError, match="unknown chip 'v5x' in 'v5x:2x2'; did you mean 'v5"):
+        parse_devices("v5x:2x2")
+
+
+def test_mesh_axes_keep_one_order_and_fill_the_rest():
+    mesh = make_mesh("tensor=2,fsdp=-1")
+    assert dict(mesh.shape) == {"fsdp": 4, "tensor": 2}
+    assert mesh.axis_names == ("fsdp", "tensor")
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ("fsdp=3", "needs 3 devices; there are 8"),
+        ("fdsp=8", r"unknown mesh axis 'fdsp'; did you mean 'fsdp'\?"),
+        ("fsdp", "axis=size pairs"),
+        ("fsdp=2,fsdp=4", "stands twice"),
+        ("fsdp=0,tensor=8", "at least 1 device; got 0"),
+        ("fsdp=-1,tensor=3", "must divide 8 devices"),
+        ("fsdp=-1,tensor=-1", "one axis may be -1"),
+    ],
+)
+def test_impossible_meshes_are_refused_with_both_numbers(axes, message):
+    with pytest.raises(ShardingError, match=message):
+        make_mesh(axes)
+
+
+def test_simulating_another_number_of_devices_too_late_is_refused():
+    assert jax.device_count() == 8
+    simulate_cpu_devices(8)
+    with pytest.raises(ConfigError, match=r"already runs with 8 cpu device\(s\), too late to simulate 4"):
+        simulate_cpu_devices(4)
+
+
+def test_devices_that_are_not_here_are_refused():
+    assert len(use_devices("cpu:8")) == 8
+    with pytest.raises(ConfigError, match="h100:8 is 8 x h100, but this process has 8 x cpu"):
+        use_devices("h100:8")

@@ -1,0 +1,258 @@
+"""The command line: what it accepts, what it refuses and how it says so."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from meshloom import cli, commands
+from meshloom.core.errors import ConfigError
+
+GENERATE_A_LITTLE = ["generate", "tiny", "--prompt", "def ", "--max-tokens", "4", "--engine.buckets", "1", "8"]
+
+
+def run(capsys, *arguments):
+    """Exit status, standard output and standard error of a command line run in this process."""
+    status = cli.main(list(arguments))
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def parse(*arguments):
+    name = " ".join(arguments[: 2 if arguments[0] == "bench" else 1])
+    return cli.parse(cli.COMMANDS[name], list(arguments[len(name.split()) :]), prog=f"meshloom {name}")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_every_command_explains_every_flag_and_its_default(name, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main([*name.split(), "--help"])
+    assert exit_info.value.code == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for flag in cli.flags(cli.COMMANDS[name]):
+        _, found, rest = shown.partition(f" {flag} ")
+        if not found:
+            _, found, rest = shown.partition(f" {flag}, --no-")
+        if found:  # positional arguments are shown by their metavar
+            help_text = rest.split(" --", 2)[1 if rest.startswith("--no-") else 0]
+            assert "(default:" in help_text, flag
+            assert len(help_text.partition("(default:")[0].split()) > 2, f"{flag} is not explained: {help_text!r}"
+    assert shown.count("(default:") >= len(list(cli.flags(cli.COMMANDS[name]))) - 2
+
+
+def test_the_overview_names_every_command(capsys):
+    status, out, _ = run(capsys, "--help")
+    assert status == 0
+    assert all(f"\n  {name} " in out for name in cli.COMMANDS)
+    assert run(capsys)[1] == out
+
+
+def test_every_command_has_its_function():
+    assert all(callable(getattr(commands, name.replace(" ", "_"))) for name in cli.COMMANDS)
+
+
+def test_the_version_is_printed(capsys):
+    from meshloom import __version__
+
+    assert run(capsys, "--version") == (0, f"meshloom {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["srve", "tiny"], "there is no command 'srve'; did you mean 'serve'?"),
+        (["bench", "srve"], "there is no command 'bench srve'; did you mean 'bench serve'?"),
+        (["serve", "--prot", "80"], "meshloom serve has no option --prot; did you mean '--port'?"),
+        (
+            ["serve", "--engine.page_sizes=4"],
+            "meshloom serve has no option --engine.page_sizes=4; did you mean '--engine.page-size'?",
+        ),
+        (["info", "extra"], "meshloom info does not take 'extra'; `meshloom info --help` lists what it takes"),
+        (["serve", "--port", "65536"], "port must lie in 0..65535; got 65536"),
+        (["generate", "--top-p", "0"], "top_p must lie in (0, 1]; got 0.0"),
+        (["plan", "tiny", "--devices", "cpu:8", "--mesh", "fsdp=3"], "mesh {'fsdp': 3} needs 3 devices; there are 8"),
+        (["info", "--config", "missing.toml"], "cannot read missing.toml: No such file or directory"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(arguments, message, capsys):
+    assert run(capsys, *arguments) == (2, "", f"error: {message}\n")
+
+
+def test_with_json_an_error_is_json_too(capsys):
+    status, out, err = run(capsys, "plan", "lama3-8b", "--json")
+    assert status == 2
+    assert "nearest: llama3-8b" in json.loads(out)["error"]
+    assert err == f"error: {json.loads(out)['error']}\n"
+
+
+def test_a_value_of_the_wrong_type_is_status_2(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["serve", "--port", "eighty"])
+    assert exit_info.value.code == 2
+    assert "--port" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_quiet_and_status_130(monkeypatch, capsys):
+    def interrupted(command):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "info", interrupted)
+    assert run(capsys, "info") == (130, "", "")
+
+
+def test_flags_override_the_file_and_the_file_overrides_defaults(tmp_path):
+    file = tmp_path / "serve.toml"
+    file.write_text('model = "tiny"\nport = 9000\nhost = "0.0.0.0"\n[engine]\nmax_num_seqs = 4\npage_size = 8\n')
+    command = parse("serve", "--config", str(file), "--port", "9001", "--engine.page-size", "32")
+    assert (command.model, command.host, command.port) == ("tiny", "0.0.0.0", 9001)
+    assert command.engine == dataclasses.replace(cli.Serve().engine, max_num_seqs=4, page_size=32)
+    assert parse("serve", f"--config={file}", "smollm2").model == "smollm2"
+
+
+def test_a_nested_table_changes_only_what_it_names(tmp_path):
+    file = tmp_path / "generate.toml"
+    file.write_text("[engine]\npage_size = 8\n")
+    assert parse("generate", "--config", str(file)).engine == dataclasses.replace(cli.ONE_SEQUENCE, page_size=8)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prot = 80", "unknown key 'prot'; did you mean 'port'?"),
+        ("[engine]\nbukets = [1]", "engine: unknown key 'bukets'; did you mean 'buckets'?"),
+        ('port = "80"', "port must be int; got '80'"),
+        ("port = 70000", "port must lie in 0..65535; got 70000"),
+        ('config = "other.toml"', "a file given with --config cannot name another"),
+        ("port =", "is not valid TOML"),
+    ],
+)
+def test_a_key_or_value_that_a_file_may_not_hold_is_refused(text, message, tmp_path):
+    file = tmp_path / "serve.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        parse("serve", "--config", str(file))
+    assert message in str(error.value)
+
+
+def test_required_arguments_may_come_from_the_file(tmp_path):
+    file = tmp_path / "convert.toml"
+    file.write_text('source = "tiny"\nout = "folder"\n')
+    command = parse("convert", "--config", str(file), "--dtype", "bfloat16")
+    assert (command.source, str(command.out), command.dtype) == ("tiny", "folder", "bfloat16")
+
+
+def test_json_may_be_asked_for_in_the_file(tmp_path, capsys):
+    file = tmp_path / "info.toml"
+    file.write_text("json = true\n")
+    status, out, _ = run(capsys, "info", "--config", str(file))
+    assert status == 0
+    assert json.loads(out)["backend"] == "cpu"
+
+
+def test_info_is_json_with_versions_and_devices(capsys):
+    status, out, err = run(capsys, "info", "--json")
+    values = json.loads(out)
+    assert (status, err) == (0, "")
+    assert values["devices"] == ["cpu"] * 8
+    assert {"meshloom", "jax", "flax", "memory_gib", "cache", "compilation_cache"} <= set(values)
+    assert f"flax               {values['flax']}\n" in run(capsys, "info")[1]
+
+
+def test_plan_is_json_with_every_parameter(capsys):
+    status, out, _ = run(capsys, "plan", "tiny", "--devices", "cpu:8", "--mesh", "fsdp=-1,tensor=2", "--json")
+    plan = json.loads(out)
+    assert status == 0
+    assert plan["mesh"] == {"fsdp": 4, "tensor": 2}
+    rows = {row["parameter"]: row for row in plan["parameters"]}
+    gate = next(row for name, row in rows.items() if name.endswith("0.mlp.gate.weight"))
+    assert gate["spec"] == "P(tensor, fsdp)"
+    assert gate["rule"] == "pair + store"
+    assert gate["bytes_per_device"] * 8 == 2 * gate["shape"][0] * gate["shape"][1]
+    assert plan["bytes_per_device"] == sum(row["bytes_per_device"] for row in plan["parameters"])
+
+
+def test_plan_shows_a_table_with_one_line_per_parameter(capsys):
+    out = run(capsys, "plan", "tiny", "--devices", "h100:8")[1]
+    assert [heading in out for heading in ("parameter", "shape", "spec", "rule", "per device")] == [True] * 5
+    [line] = [line for line in out.splitlines() if "embed.weight" in line]
+    assert "8192 x 256" in line
+    assert "P(tensor, fsdp)" in line
+
+
+@pytest.mark.parametrize(
+    ("model", "devices", "mesh"),
+    [
+        ("llama3-8b", "h100:8", {"fsdp": 4, "tensor": 2}),
+        ("smollm2-135m", "cpu:8", {"fsdp": 8}),  # 3 kv heads do not divide by 2
+        ("qwen3-30b-a3b", "2xv5e:4x4", {"fsdp": 16, "expert": 2}),
+        ("tiny", "cpu:2", {"fsdp": 2}),
+        ("tiny", "cpu:7", {"fsdp": 7}),
+        ("t5-base", "cpu:8", {"fsdp": 4, "tensor": 2}),
+    ],
+)
+def test_plan_chooses_the_documented_mesh(model, devices, mesh):
+    count = commands.parse_devices(devices).count
+    assert commands.default_axes(model, count) == mesh
+
+
+def test_convert_writes_a_folder_that_loads(tmp_path, capsys):
+    out = tmp_path / "tiny"
+    status, shown, _ = run(capsys, "convert", "tiny", str(out), "--dtype", "float32")
+    assert (status, shown) == (0, f"wrote tiny as float32 to {out}\n")
+    assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
+    status, shown, _ = run(capsys, "plan", str(out), "--devices", "cpu:2", "--json")
+    assert status == 0
+    assert {row["dtype"] for row in json.loads(shown)["parameters"]} == {"float32"}
+
+
+def test_chat_and_serve_say_that_they_have_no_json_form(capsys):
+    assert "has no JSON form" in run(capsys, "chat", "tiny", "--json")[2]
+    assert "GET /v1/models" in run(capsys, "serve", "tiny", "--json")[2]
+
+
+@pytest.fixture
+def program(tmp_path):
+    """Runs `python -m meshloom.cli` in a process of its own, whose caches lie in a temporary folder."""
+
+    def call(*arguments, stdin=""):
+        environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "JAX_NUM_CPU_DEVICES": "1"}
+        command = [sys.executable, "-m", "meshloom.cli", *arguments]
+        return subprocess.run(
+            command, input=stdin, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300
+        )
+
+    return call
+
+
+def test_generate_prints_text_or_json_and_keeps_programs_for_the_next_start(program, tmp_path):
+    done = program(*GENERATE_A_LITTLE, "--json")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["usage"] == {"prompt_tokens": len("def "), "completion_tokens": 4}
+    assert answer["finish_reason"] == "length"
+    assert any((tmp_path / "meshloom" / "xla").iterdir())
+    assert program(*GENERATE_A_LITTLE[:2], *GENERATE_A_LITTLE[4:], stdin="def ").stdout == answer["text"] + "\n"
+
+
+def test_bench_serve_prints_the_promised_keys(program):
+    sizes = [
+        "--requests",
+        "2",
+        "--input-len",
+        "4",
+        "--output-len",
+        "3",
+        "--engine.max-num-seqs",
+        "2",
+        "--engine.buckets",
+        "8",
+    ]
+    done = program("bench", "serve", "--offline", "--model", "tiny", *sizes, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["output_tokens_per_second"] > 0
+    assert result["total_tokens_per_second"] > result["output_tokens_per_second"]
+    assert {"p50", "p90", "p99", "mean"} == set(result["ttft_s"]) == set(result["itl_s"])

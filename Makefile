@@ -23,6 +23,7 @@ quickstart: $(VENV)/.installed-run ## answer with a real model through a server,
 	@$(PY) -m meshloom.quickstart $(ARGS)
 
 setup: $(VENV)/.installed-dev ## everything for development, into .venv
+	@echo "$(VENV) is ready"
 
 test: $(VENV)/.installed-dev ## all tests but the slow ones; ARGS="-k name" is handed to pytest
 	$(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow" -q $(ARGS)
@@ -59,4 +60,5 @@ $(VENV)/.installed-run: $(VENV)/.made pyproject.toml constraints.txt
 $(VENV)/.installed-dev: $(VENV)/.made pyproject.toml constraints.txt
 	@echo "installing Meshloom and its development tools into $(VENV) (once; minutes on a slow line)"
 	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@mkdir -p $(VENV)/types && ln -sfn ../.. $(VENV)/types/meshloom
 	@touch $@ $(VENV)/.installed-run

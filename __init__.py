@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 
 # Public name -> the module that owns it.
 _HOME = {
+    "ArchitectureConfig": "meshloom.train.config",
     "Completion": "meshloom.serve.request",
     "DecoderConfig": "meshloom.models.config",
     "EncoderDecoderConfig": "meshloom.models.config",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from meshloom.serve.request import SamplingParams as SamplingParams
     from meshloom.sharding.derive import derive as derive
     from meshloom.sharding.layout import Layout as Layout
+    from meshloom.train.config import ArchitectureConfig as ArchitectureConfig
     from meshloom.train.config import TrainConfig as TrainConfig
     from meshloom.train.loop import Run as Run
     from meshloom.train.loop import train as train

@@ -198,10 +198,10 @@ def parse(cls: type[Common], arguments: list[str], *, prog: str) -> Common:
         SystemExit: help was asked for (0), or a flag's value cannot be read (2).
     """
     path = _value_of("--config", arguments)
-    given = {} if path is None else {"default": load_toml(cls, path)}
-    if given and given["default"].config is not None:
+    default = cls() if path is None else load_toml(cls, path, base=cls())
+    if default.config is not None:
         raise ConfigError(f"{path}: config: a file given with --config cannot name another")
-    command, unknown = tyro.cli(cls, prog=prog, args=arguments, return_unknown_args=True, **given)
+    command, unknown = tyro.cli(cls, prog=prog, args=arguments, default=default, return_unknown_args=True)
     if unknown:
         flag = next((each for each in unknown if each.startswith("-")), None)
         if flag is None:

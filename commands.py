@@ -4,6 +4,7 @@ A command prints for people unless `json`, and returns what `--json` prints. How
 """
 
 import dataclasses
+import json
 import os
 import platform
 import sys
@@ -65,12 +66,11 @@ def default_axes(model: str, count: int) -> dict[str, int]:
 def generate(command: cli.Generate) -> dict[str, Any]:
     prompt = sys.stdin.read() if command.prompt is None else command.prompt
     lm = _load(command)
-    templated = command.chat and lm.tokenizer is not None
-    if templated:
+    if command.chat and lm.tokenizer is not None:
         prompt = lm.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
     text, tokens, reason = "", 0, None
     with Engine(lm, command.engine) as engine:
-        request = engine.prepare(prompt, _part(SamplingParams, command), add_special=not templated)
+        request = engine.prepare(prompt, _part(SamplingParams, command), add_special=not command.chat)
         for _, delta in engine.iterate(request):
             text, tokens, reason = text + delta.text, tokens + len(delta.token_ids), delta.finish_reason
             if not command.json:
@@ -91,14 +91,13 @@ def chat(command: cli.Chat) -> None:
 
 
 def serve(command: cli.Serve) -> None:
-    if command.json:
-        raise ConfigError(
-            "serve answers over HTTP and has no result to print as JSON; ask the server, as in GET /v1/models"
-        )
     lm = _load(command)
     from meshloom.serve.api.server import serve
 
-    serve(lm, _part(ServeConfig, command))
+    def announce(ready: dict[str, Any]) -> None:
+        print(json.dumps(ready), flush=True)
+
+    serve(lm, _part(ServeConfig, command), announce if command.json else None)
 
 
 def train(command: cli.Train) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class _Counter:
         self._listening = False
         self.count = 0
 
-    def _heard(self, event: str, duration: float, **_: Any) -> None:
+    def _heard(self, event: str, duration_secs: float, **_: Any) -> None:
         if event == _COMPILE_EVENT:
             with self._lock:
                 self.count += 1

@@ -48,7 +48,7 @@ class RopeConfig:
     short_factors: tuple[float, ...] = ()
     attention_factor: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
             raise ModelError(f"rope fraction is the rotated share of a head, in (0, 1]; got {self.fraction}")
         if self.factor <= 0 or self.theta <= 0:
@@ -109,7 +109,7 @@ class MoEConfig:
     normalize: bool = True
     dense_layers: tuple[int, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.n_experts:
             raise ModelError(f"top_k must lie in 1..n_experts={self.n_experts}; got {self.top_k}")
 
@@ -195,7 +195,7 @@ class DecoderConfig:
     remat: Literal["none", "full", "dots"] = "none"
     init_scale: float = 0.02
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "context"):
             if getattr(self, name) < 1:
                 raise ModelError(f"{name} must be at least 1; got {getattr(self, name)}")
@@ -264,7 +264,7 @@ class EncoderDecoderConfig:
     remat: Literal["none", "full", "dots"] = "none"
     init_scale: float = 0.02
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_encoder_layers", "n_decoder_layers", "n_heads", "head_dim", "d_ff"):
             if getattr(self, name) < 1:
                 raise ModelError(f"{name} must be at least 1; got {getattr(self, name)}")

@@ -41,7 +41,7 @@ class DecoderLayer(nnx.Module):
         self.attention = Attention(config, spec, rngs=rngs, dtype=dtype)
         options = {"activation": config.activation, "scale": config.init_scale, "rngs": rngs, "dtype": dtype}
         if spec.moe:
-            self.mlp = MoE(config.d_model, config.moe, **options)
+            self.mlp: MoE | MLP = MoE(config.d_model, config.moe, **options)
         else:
             self.mlp = MLP(config.d_model, config.d_ff, gated=config.gated, bias=config.mlp_bias, **options)
         self.attention_norm = make_norm(config, dtype) if config.pre_norm else None

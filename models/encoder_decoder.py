@@ -211,7 +211,7 @@ class EncoderDecoder(nnx.Module):
 
     def __call__(
         self, tokens: Int[Array, "B L"], decoder_tokens: Int[Array, "B T"], lens: Int[Array, "B"] | None = None
-    ) -> tuple[Float[Array, "B T V"], None]:
+    ) -> tuple[Float[Array, "B T V"], Cache | None]:
         """Logits `[B, T, V]` of teacher-forced decoding; the pair keeps `Decoder`'s return."""
         return self.decode(decoder_tokens, self.encode(tokens, lens))
 

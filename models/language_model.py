@@ -114,7 +114,8 @@ def load(
 
 def _mesh(shardings: Any) -> Mesh | None:
     placed = jax.tree.leaves(shardings, is_leaf=lambda x: isinstance(x, NamedSharding))
-    return next((each.mesh for each in placed if isinstance(each, NamedSharding)), None)
+    meshes = (each.mesh for each in placed if isinstance(each, NamedSharding))
+    return next((mesh for mesh in meshes if isinstance(mesh, Mesh)), None)
 
 
 class _ProgressBar:

@@ -14,7 +14,8 @@ def random_weights(module: nnx.Module, *, seed: int, shardings: Any = None) -> n
     """
     graphdef, state = nnx.split(module)
     dtype = next(iter(nnx.to_flat_state(state)))[1].dtype
-    kind, config = type(module), module.config
+    kind: Any = type(module)
+    config = module.config
 
     def draw() -> Any:
         return nnx.state(kind(config, rngs=nnx.Rngs(seed), param_dtype=dtype), nnx.Param)

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -31,7 +32,7 @@ from meshloom.models.random_weights import random_weights
 from meshloom.models.smollm2 import smollm2_file
 from meshloom.models.tensor_files import SafetensorsSource
 from meshloom.models.tokenizer import Tokenizer, train_byte_bpe
-from meshloom.models.weights import Progress, load_weights
+from meshloom.models.weights import Progress, load_weights, restack
 
 _HF_FILES = [
     "model*.safetensors",
@@ -105,6 +106,10 @@ def abstract_module(config: ModelConfig, dtype: Any) -> nnx.Module:
     """The module of a configuration with abstract parameters of a dtype."""
     kind = EncoderDecoder if isinstance(config, EncoderDecoderConfig) else Decoder
     return nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0), param_dtype=dtype))
+
+
+def _dtype_of(module: nnx.Module) -> Any:
+    return jax.tree.leaves(nnx.state(module, nnx.Param))[0].dtype
 
 
 def _unknown(text: str) -> str:
@@ -199,7 +204,10 @@ def _from_run(folder: pathlib.Path) -> ModelSource:
     def weights(module: nnx.Module, shardings: Any, progress: Progress | None) -> nnx.Module:
         from meshloom.models.run_weights import read_run  # orbax takes 1.5 s to import; only runs need it
 
-        return read_run(folder / "checkpoints", module, shardings)
+        if module.config.scan_layers == config.scan_layers:
+            return read_run(folder / "checkpoints", module, shardings)
+        trained = read_run(folder / "checkpoints", abstract_module(config, _dtype_of(module)))
+        return restack(trained, module, shardings=shardings)
 
     return ModelSource(str(folder), config, jnp.float32, functools.partial(_folder_tokenizer, folder / "tokenizer"), weights)
 

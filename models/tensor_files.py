@@ -159,14 +159,17 @@ class Planned:
 def write_safetensors(folder: pathlib.Path, tensors: Iterable[Planned], *, shard_bytes: int = 5 * 10**9) -> None:
     """Write `model.safetensors`, or numbered shards of at most `shard_bytes` and their index, one tensor in memory at a time."""
     shards: list[list[Planned]] = [[]]
+    filled = 0
     for tensor in tensors:
-        if shards[-1] and sum(each.nbytes for each in shards[-1]) + tensor.nbytes > shard_bytes:
+        if shards[-1] and filled + tensor.nbytes > shard_bytes:
             shards.append([])
+            filled = 0
         shards[-1].append(tensor)
+        filled += tensor.nbytes
     if len(shards) == 1:
         _write_file(folder / SINGLE, shards[0])
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_file(folder / name, shard)

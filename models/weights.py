@@ -76,6 +76,22 @@ def load_weights(
     return nnx.merge(graphdef, filled)
 
 
+def restack(module: nnx.Module, target: nnx.Module, *, shardings: Any = None) -> nnx.Module:
+    """A concrete copy of the abstract `target` with the weights of `module`, whose layers are stacked otherwise.
+
+    Both sets of weights are held until it is done.
+    """
+    graphdef, state = nnx.split(target)
+    leaves = dict(nnx.to_flat_state(state))
+    held = {path: leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param))}
+    arrays = {path: _zeros(leaf.shape, leaf.dtype, _sharding(shardings, path))() for path, leaf in leaves.items()}
+    slots = parameter_slots(module)
+    for name, slot in parameter_slots(target).items():
+        value = _host(held[slots[name].path], Part(name, slots[name], None))
+        arrays[slot.path] = _fill(arrays[slot.path], value, Part(name, slot, None).leading)
+    return nnx.merge(graphdef, nnx.from_flat_state([(path, leaf.replace(arrays[path])) for path, leaf in leaves.items()]))
+
+
 def _match(
     source: TensorSource,
     wanted: Mapping[str, FileTensor],

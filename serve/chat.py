@@ -8,7 +8,7 @@ import contextlib
 import json
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 
 from rich.console import Console
 from rich.live import Live
@@ -42,7 +42,7 @@ class Conversation:
     def reset(self) -> None:
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
-    def answer(self, text: str) -> Iterator[tuple[str, int]]:
+    def answer(self, text: str) -> Generator[tuple[str, int], None, None]:
         """Pieces of the answer, each with its token count; what was said is kept even if the caller stops early."""
         tokenizer, config = self._engine.lm.tokenizer, self._config
         asked = [*self.messages, {"role": "user", "content": text}]
@@ -143,7 +143,8 @@ def _command(line: str, conversation: Conversation, console: Console) -> bool | 
         "/exit": lambda: False,
     }
     if name not in commands:
-        return console.print(f"unknown command {name}; there are {' '.join(commands)}", markup=False)
+        console.print(f"unknown command {name}; there are {' '.join(commands)}", markup=False)
+        return None
     return commands[name]()
 
 

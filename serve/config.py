@@ -34,7 +34,7 @@ class EngineConfig:
     cache_dtype: Literal["model", "float32", "bfloat16"] = "model"
     max_model_len: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "kv_cache_memory", float(self.kv_cache_memory))
         object.__setattr__(self, "buckets", tuple(self.buckets))
         for name in ("max_num_seqs", "page_size", "num_pages", "max_model_len"):
@@ -76,7 +76,7 @@ class ServeConfig:
     drain_seconds: int = 30
     engine: EngineConfig = EngineConfig()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must lie in 0..65535; got {self.port}")
         if self.drain_seconds < 0:
@@ -107,7 +107,7 @@ class ChatConfig:
     seed: int | None = None
     kv_cache_memory: float | int = 0.5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "temperature", float(self.temperature))
         object.__setattr__(self, "top_p", float(self.top_p))
         if self.max_tokens < 1:
@@ -141,7 +141,7 @@ class BenchServeConfig:
     seed: int = 0
     engine: EngineConfig = EngineConfig()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("requests", "input_len", "output_len"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")

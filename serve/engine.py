@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
 
 import jax.numpy as jnp
 
@@ -166,7 +166,10 @@ class Engine:
         deltas: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
 
         def listener(index: int) -> Emit:
-            return lambda delta: loop.call_soon_threadsafe(deltas.put_nowait, (index, delta))
+            def emit(delta: Delta) -> None:
+                loop.call_soon_threadsafe(deltas.put_nowait, (index, delta))
+
+            return emit
 
         unfinished = {index: self.submit(request, listener(index)) for index, request in enumerate(requests)}
         try:
@@ -181,7 +184,7 @@ class Engine:
             for id in unfinished.values():
                 self.abort(id)
 
-    def iterate(self, *requests: Request) -> Iterator[tuple[int, Delta]]:
+    def iterate(self, *requests: Request) -> Generator[tuple[int, Delta], None, None]:
         """As `stream`, for callers without an event loop."""
         deltas: queue.SimpleQueue[tuple[int, Delta]] = queue.SimpleQueue()
 
@@ -215,7 +218,8 @@ class Engine:
         if len(each) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts but {len(each)} SamplingParams; give one, or one for each")
         requests = [self.prepare(prompt, chosen) for prompt, chosen in zip(prompts, each, strict=True)]
-        texts, tokens, reasons = [""] * len(requests), [[] for _ in requests], ["abort"] * len(requests)
+        texts, reasons = [""] * len(requests), ["abort"] * len(requests)
+        tokens: list[list[int]] = [[] for _ in requests]
         with progress_bar("generating", len(requests), quiet=self._quiet) as advance:
             for i, delta in self.iterate(*requests):
                 texts[i] += delta.text
@@ -243,8 +247,8 @@ class Engine:
             worker = self._worker
         if worker is not None:
             worker.join(drain_seconds)
-            for id in list(self._live):
-                self.abort(id)
+            if worker.is_alive():
+                self._ask(self._abort_all)  # behind every request that was submitted before
             worker.join()
 
     def __enter__(self) -> "Engine":
@@ -277,8 +281,7 @@ class Engine:
                 for command in commands:
                     command()
                 if not main.is_alive():  # the interpreter is shutting down and waits for this thread
-                    for live in list(self._live.values()):
-                        self._finish(live, "abort")
+                    self._abort_all()
                 if self._live:
                     self._step()
             except Exception as error:
@@ -296,6 +299,10 @@ class Engine:
     def _abort(self, id: int) -> None:
         if id in self._live:
             self._finish(self._live[id], "abort")
+
+    def _abort_all(self) -> None:
+        for live in list(self._live.values()):
+            self._finish(live, "abort")
 
     def _step(self) -> None:
         preemptions = self._scheduler.preemptions

@@ -29,7 +29,7 @@ class SamplingParams:
         min_p: drop tokens less likely than this share of the most likely one (Nguyen et al. 2024); 0 keeps all.
             Order: temperature, min_p, top_k, then top_p over what is left.
         seed: makes a request's draws repeatable whatever else runs beside it; None draws a fresh one.
-        stop: strings that end the text; they are not part of it.
+        stop: strings (or one) that end the text; they are not part of it.
         stop_token_ids: further tokens that end the text like an end-of-sequence token.
         ignore_eos: keep going past the model's end-of-sequence tokens (benchmarks).
     """
@@ -40,11 +40,11 @@ class SamplingParams:
     top_k: int = 0
     min_p: float | int = 0.0
     seed: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] | str = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # Callers may write 0 for 0.0, one string for a tuple of one, a list for a tuple: stored in one form.
         for name in ("temperature", "top_p", "min_p"):
             object.__setattr__(self, name, float(getattr(self, name)))

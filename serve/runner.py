@@ -48,8 +48,8 @@ class Runner:
         self._make_cache = lambda: self._flat(module.init_cache(num_pages, page_size, cache_dtype))
         self._mesh, self._kv_heads_axis = mesh, kv_heads_axis
         self._programs: dict[int, Callable] = {}
-        self._empty_cache: Callable | None = None
         self._cache: list[Array] = []
+        self._empty_cache: Callable[[], list[Array]] = self._make_cache
 
     def compile(self, advance: Callable[[str], None]) -> None:
         """Compile all programs and make the cache; `advance` hears of each program that is done."""

@@ -13,7 +13,9 @@ Roles, in the order in which they are claimed:
   dimensions never meet themselves like that.
 * *head_dim*: the rest of an attention product: within a head.
 * *expert*: picks one matrix of many: groups of a ragged product, batch of a product of an activation with a weight.
-* *vocab*: rows that the inputs look up, or what the last weight produces for the output.
+* *vocab*: rows that the inputs look up, or what the last weight produces for the output. Where several tables are
+  looked up into one class (tokens, positions, token types) the largest has the vocabulary; to split the others would
+  cost a reduction and save little.
 * *inner*: one weight produces it, another contracts it.
 * *batch*, *sequence*: the first and the other dimensions of the inputs.
 * *feature*: none of these.
@@ -66,7 +68,7 @@ class Roles:
 
 def infer(program: Program) -> Roles:
     """Reads the roles of a traced program."""
-    produced, contracted, picked, looked_up = _weight_uses(program.steps)
+    produced, contracted, picked, tables = _weight_uses(program.steps)
     in_weights = [leaves_of(parameter.dims) for parameter in program.parameters]
     batch = leaves_of(value.dims[0] for value in program.inputs if value.dims)
     sequence = leaves_of(dim for value in program.inputs for dim in value.dims[1:]) - contracted.keys()
@@ -79,6 +81,7 @@ def infer(program: Program) -> Roles:
     certain, shared, grouped = _heads(products, produced, in_weights)
     shared -= residual - certain
     heads = shared | (grouped - residual)
+    returned = leaves_of(dim for value in program.outputs for dim in value.dims) & produced.keys()
 
     claims: list[tuple[Role, set[Dim]]] = [
         ("stack", leaves_of(program.stacks)),
@@ -87,11 +90,7 @@ def infer(program: Program) -> Roles:
         ("heads", shared | grouped),
         ("head_dim", _head_dims(products, heads) & produced.keys()),
         ("expert", set(picked)),
-        (
-            "vocab",
-            looked_up
-            | (leaves_of(d for out in program.outputs for d in out.dims) & produced.keys() - contracted.keys()),
-        ),
+        ("vocab", _vocabularies(tables) | (returned - contracted.keys())),
         ("inner", {leaf for leaf in produced.keys() & contracted.keys() if len(produced[leaf] | contracted[leaf]) > 1}),
         ("batch", batch),
         ("sequence", sequence),
@@ -109,12 +108,12 @@ def infer(program: Program) -> Roles:
     return Roles(by_leaf, produced, contracted, picked, frozenset(shared), heads_in, dict(sets_with))
 
 
-def _weight_uses(steps: tuple[Step, ...]) -> tuple[Uses, Uses, Uses, set[Dim]]:
-    """Who produces, contracts and is picked by each leaf, and which leaves the inputs look rows up in."""
+def _weight_uses(steps: tuple[Step, ...]) -> tuple[Uses, Uses, Uses, list[Lookup]]:
+    """Who produces, contracts and is picked by each leaf, and the tables that the inputs look up."""
     produced: Uses = collections.defaultdict(set)
     contracted: Uses = collections.defaultdict(set)
     picked: Uses = collections.defaultdict(set)
-    looked_up: set[Dim] = set()
+    tables: list[Lookup] = []
 
     def note(uses: Uses, dims: Dims, weight: Value) -> None:
         for leaf in (leaf for dim in dims for leaf in leaves(dim)):
@@ -128,11 +127,25 @@ def _weight_uses(steps: tuple[Step, ...]) -> tuple[Uses, Uses, Uses, set[Dim]]:
                         note(produced, free, weight)
                         note(contracted, over, weight)
                         note(picked, batch, weight)
-            case Lookup(rows, columns) if step.inputs[0].kind == Kind.WEIGHT:
+            case Lookup(_, columns) as table if step.inputs[0].kind == Kind.WEIGHT:
                 note(produced, columns, step.inputs[0])
                 if step.inputs[1].kind == Kind.ACTIVATION:
-                    looked_up |= leaves_of(rows)
-    return dict(produced), dict(contracted), dict(picked), looked_up
+                    tables.append(table)
+    return dict(produced), dict(contracted), dict(picked), tables
+
+
+def _vocabularies(tables: list[Lookup]) -> set[Dim]:
+    """Rows of the largest table among those with the same columns."""
+    largest: dict[frozenset[Dim], int] = {}
+    for table in tables:
+        columns = frozenset(leaves_of(table.columns))
+        largest[columns] = max(largest.get(columns, 0), table.size)
+    return {
+        leaf
+        for table in tables
+        if table.size == largest[frozenset(leaves_of(table.columns))]
+        for leaf in leaves_of(table.rows)
+    }
 
 
 def _heads(products: list[Product], produced: Uses, in_weights: list[set[Dim]]) -> tuple[set[Dim], set[Dim], set[Dim]]:
@@ -170,7 +183,7 @@ class _Ledger:
     sources are the bits of an int: an unrolled model has thousands, and a step is then a few machine words.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.live: dict[Value, int] = {}
         self.spent: dict[Value, int] = {}
         self.sources: dict[Dim, int] = collections.defaultdict(int)

@@ -130,7 +130,7 @@ def _tie(a: Value, b: Value) -> None:
 class _Reader:
     """Walks a jaxpr, and those inside it, and writes down the steps."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.steps: list[Step] = []
         self.stacks: list[Dim] = []
         self.unknown: collections.Counter = collections.Counter()

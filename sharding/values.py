@@ -5,6 +5,7 @@ A `Value` has dimensions and a kind and nothing else: no dtype, no contents, no 
 
 import dataclasses
 import enum
+import math
 
 from meshloom.sharding.classes import Dim
 
@@ -48,6 +49,11 @@ class Lookup:
 
     rows: Dims
     columns: Dims
+
+    @property
+    def size(self) -> int:
+        """Number of rows."""
+        return math.prod(dim.size for dim in self.rows)
 
 
 @dataclasses.dataclass(frozen=True)

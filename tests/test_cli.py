@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -31,16 +32,25 @@ def test_help_of_every_command_explains_every_flag_and_its_default(name, capsys)
     with pytest.raises(SystemExit) as exit_info:
         cli.main([*name.split(), "--help"])
     assert exit_info.value.code == 0
-    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for flag in cli.flags(cli.COMMANDS[name]):
-        _, found, rest = shown.partition(f" {flag} ")
-        if not found:
-            _, found, rest = shown.partition(f" {flag}, --no-")
-        if found:  # positional arguments are shown by their metavar
-            help_text = rest.split(" --", 2)[1 if rest.startswith("--no-") else 0]
-            assert "(default:" in help_text, flag
-            assert len(help_text.partition("(default:")[0].split()) > 2, f"{flag} is not explained: {help_text!r}"
-    assert shown.count("(default:") >= len(list(cli.flags(cli.COMMANDS[name]))) - 2
+    explained = options(capsys.readouterr().out)
+    positional = {"--model", "--source", "--out"} - explained.keys()
+    assert explained.keys() == {"--help", *cli.flags(cli.COMMANDS[name])} - positional
+    for flag, text in explained.items():
+        assert flag == "--help" or "(default: " in text, flag
+        assert len(text.partition("(default: ")[0].split()) >= 2, f"{flag} is not explained: {text!r}"
+
+
+def options(shown):
+    """Flag -> its explanation, out of a help page whose rows begin with the flag in the third column."""
+    rows = []
+    for line in shown.replace("│", " ").splitlines():
+        if re.match("  -[-h]", line) and not line.startswith("  ---"):
+            rows.append("")
+        if rows:
+            rows[-1] += line.rstrip() + "\n"
+    # After the flag and its metavar, two spaces or a line break.
+    parts = [re.split(r"\n +|  +", row.strip(), maxsplit=1) for row in rows]
+    return {re.search(r"--[\w.-]+", head)[0]: " ".join(text.split()) for head, text in parts}
 
 
 def test_the_overview_names_every_command(capsys):

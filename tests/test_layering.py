@@ -23,7 +23,7 @@ MAY_IMPORT = {
 
 
 def imported(source: str, package: list[str]) -> Iterator[tuple[int, list[str]]]:
-    """Line and dotted name of all that a module of `package` imports from `meshloom`; names of a `from` are appended."""
+    """Line and dotted name of all that a module of `package` imports from `meshloom`; names after `from` as well."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name.split(".") for alias in node.names]

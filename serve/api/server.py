@@ -9,6 +9,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import uvicorn
 from rich.console import Console
@@ -54,9 +55,13 @@ def _server(engine: Engine, config: ServeConfig, on_ready: Callable[[], None]) -
     return _Server(settings, on_ready)
 
 
-def serve(lm: LanguageModel, config: ServeConfig | None = None) -> None:
+def serve(
+    lm: LanguageModel, config: ServeConfig | None = None, on_ready: Callable[[dict[str, Any]], None] | None = None
+) -> None:
     """Serve until interrupted; then finish what is running, for at most `drain_seconds`, and return.
 
+    Args:
+        on_ready: called once requests are answered, with "url", "model" and "start_up_seconds".
     Raises:
         ConfigError: the port is taken.
     """
@@ -73,6 +78,8 @@ def serve(lm: LanguageModel, config: ServeConfig | None = None) -> None:
 
         def announce() -> None:
             console.print(f"[bold]{config.model_name}[/bold] is ready at [bold]{url}/v1[/bold] (Ctrl-C stops it)")
+            if on_ready is not None:
+                on_ready({"url": url, "model": config.model_name, "start_up_seconds": engine.start_up_seconds})
 
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn drains, then raises the interrupt again
             _server(engine, config, announce).run([listener])

@@ -3,6 +3,7 @@
 import jax
 import pytest
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 
 from meshloom.models.config import DecoderConfig
 from meshloom.models.decoder import Decoder
@@ -28,6 +29,23 @@ CONFIG = DecoderConfig(
 
 SIZES = EngineConfig(buckets=(1, 8, 32), max_num_seqs=4, page_size=4)
 SMALL = EngineConfig(buckets=(8,), max_num_seqs=4, page_size=4)  # one program: engines that only one test needs
+
+
+@pytest.fixture(scope="package", autouse=True)
+def programs_are_compiled_once(tmp_path_factory):
+    """Many engines of the same shape are made here; each program takes seconds to compile and 0.2 s to load again."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

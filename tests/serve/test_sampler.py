@@ -92,17 +92,19 @@ def test_the_lowest_of_equal_logits_wins():
 def test_a_row_does_not_feel_its_neighbours():
     logits = jnp.asarray(np.random.default_rng(3).normal(size=(4, 1000)), jnp.float32)
     together = draws(4, temperature=[0.0, 1.0, 0.7, 1.3], top_p=[1.0, 1.0, 0.5, 1.0], top_k=[0, 0, 0, 40], positions=9)
-    tokens = sampler.sample(logits, together)
+    sample = jax.jit(sampler.sample)
+    tokens = sample(logits, together)
     for row in range(4):
         alone = Draws(*(field[row : row + 1] for field in together))
-        assert sampler.sample(logits[row : row + 1], alone)[0] == tokens[row]
+        assert sample(logits[row : row + 1], alone)[0] == tokens[row]
 
 
 def test_seed_and_position_decide_the_draw():
     logits = jnp.zeros((64, 1000))
-    one = sampler.sample(logits, draws(64, seeds=5, positions=jnp.arange(64)))
-    again = sampler.sample(logits, draws(64, seeds=5, positions=jnp.arange(64)))
-    other = sampler.sample(logits, draws(64, seeds=6, positions=jnp.arange(64)))
+    sample = jax.jit(sampler.sample)
+    one = sample(logits, draws(64, seeds=5, positions=jnp.arange(64)))
+    again = sample(logits, draws(64, seeds=5, positions=jnp.arange(64)))
+    other = sample(logits, draws(64, seeds=6, positions=jnp.arange(64)))
     np.testing.assert_array_equal(one, again)
     assert len(set(one.tolist())) > 50
     assert (one != other).mean() > 0.9

@@ -6,7 +6,7 @@ Shape legend: B batch, T tokens, D model, N heads, K kv heads, H head dim, F inn
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from meshloom.sharding import Layout, derive
 
@@ -19,14 +19,14 @@ def weight(*shape: int) -> nnx.Param:
     return nnx.Param(jnp.zeros(shape))
 
 
-def layout_of(make, example, **axes: int) -> Layout:
+def layout_of(make, *examples, **axes: int) -> Layout:
     """The layout of the abstract module that `make` makes, on a mesh without devices."""
     mesh = AbstractMesh(tuple(axes.values()), tuple(axes))
-    return derive(nnx.eval_shape(make), mesh, example)
+    return derive(nnx.eval_shape(make), mesh, *examples)
 
 
-def specs_of(make, example, **axes: int) -> dict[str, tuple]:
-    return {row.name: tuple(row.spec) for row in layout_of(make, example, **axes).rows}
+def specs_of(make, *examples, **axes: int) -> dict[str, tuple]:
+    return {row.name: tuple(row.spec) for row in layout_of(make, *examples, **axes).rows}
 
 
 def roles_of(make, example) -> dict[str, tuple]:
@@ -257,8 +257,8 @@ class Embeddings(nnx.Module):
         self.table, self.positions, self.up, self.down = weight(vocab, D), weight(16, D), weight(F, D), weight(D, F)
         self.unembed = None if tied else weight(vocab, D)
 
-    def __call__(self, tokens):
-        x = self.table[tokens] + self.positions[jnp.arange(tokens.shape[1])]
+    def __call__(self, tokens, positions=None):
+        x = self.table[tokens] + self.positions[jnp.arange(tokens.shape[1]) if positions is None else positions]
         x = x + jax.nn.relu(x @ self.up.T) @ self.down.T
         return norm(x) @ (self.table if self.unembed is None else self.unembed).T
 
@@ -380,3 +380,40 @@ EVERY_MODULE = {
     "reused": (ReusedNames, TOKENS),
     "relative": (RelativeBias, HIDDEN),
 }
+
+
+class ThroughControlFlow(nnx.Module):
+    """The MLP inside one piece of control flow."""
+
+    def __init__(self, flow):
+        self.flow, self.up, self.down = flow, weight(F, D), weight(D, F)
+
+    def __call__(self, x):
+        def mlp(x, up, down):
+            return x + jax.nn.relu(x @ up.T) @ down.T
+
+        def with_gradient(x, up, down):
+            function = jax.custom_vjp(mlp)
+            function.defvjp(lambda *args: jax.vjp(mlp, *args), lambda pullback, g: pullback(g))
+            return function(x, up, down)
+
+        up, down = self.up[...], self.down[...]
+        match self.flow:
+            case "jit":
+                return jax.jit(mlp)(x, up, down)
+            case "remat":
+                return jax.checkpoint(mlp)(x, up, down)
+            case "custom_vjp":
+                return with_gradient(x, up, down)
+            case "cond":
+                return jax.lax.cond(jnp.sum(x) > 0, mlp, lambda x, up, down: x, x, up, down)
+            case "while":
+                return jax.lax.while_loop(lambda x: jnp.sum(x) > 0, lambda x: mlp(x, up, down), x)
+            case "fori_loop":
+                return jax.lax.fori_loop(0, 3, lambda _, x: mlp(x, up, down), x)
+            case "vmap":
+                return jax.vmap(mlp, in_axes=(0, None, None))(x, up, down)
+            case "shard_map":
+                mesh = AbstractMesh((2,), ("rows",), axis_types=(AxisType.Auto,))
+                specs = (PartitionSpec("rows"), PartitionSpec(), PartitionSpec())
+                return jax.shard_map(mlp, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("rows"))(x, up, down)

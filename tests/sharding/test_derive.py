@@ -1,16 +1,21 @@
 """`derive` and `Layout` as callers see them: meshes, placement, errors, explanations."""
 
 import io
+import math
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from rich.console import Console
 
 from meshloom.core.errors import ShardingError
+from meshloom.models.config import DecoderConfig, MoEConfig
+from meshloom.models.decoder import Decoder
 from meshloom.sharding import derive, explain
 
 EXAMPLE = jax.ShapeDtypeStruct((4, 16), jnp.float32)
@@ -160,6 +165,34 @@ def test_the_table_lists_every_parameter():
     text = console.file.getvalue()
     assert all(row.name in text for row in layout.rows)
     assert "fsdp=2 tensor=4" in text
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    kv_heads=st.integers(1, 4),
+    group=st.integers(1, 4),
+    experts=st.integers(2, 6),
+    vocab=st.integers(5, 40),
+    axes=st.fixed_dictionaries({axis: st.integers(1, 6) for axis in ("data", "fsdp", "tensor", "expert")}),
+)
+def test_whatever_the_sizes_every_split_divides_and_no_axis_is_used_twice(kv_heads, group, experts, vocab, axes):
+    config = DecoderConfig(
+        vocab_size=vocab,
+        d_model=12,
+        n_layers=2,
+        n_heads=kv_heads * group,
+        n_kv_heads=kv_heads,
+        head_dim=4,
+        moe=MoEConfig(experts, 1, 8),
+        scan_layers=True,
+    )
+    module = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    layout = derive(module, abstract(**axes), *module.example_inputs(2, 6))
+    for row in layout.rows:
+        used = [choice.axis for choice in row.choices if choice.axis]
+        assert len(used) == len(set(used)), row
+        assert all(choice.size % axes[choice.axis] == 0 for choice in row.choices if choice.axis), row
+        assert row.bytes_per_device * math.prod(axes[axis] for axis in used) == row.bytes_total
 
 
 class Odd(nnx.Module):

@@ -19,6 +19,7 @@ from meshloom.models.config import DecoderConfig, EncoderDecoderConfig, MoEConfi
 from meshloom.models.decoder import Decoder
 from meshloom.models.encoder_decoder import EncoderDecoder
 from meshloom.models.families import FAMILIES, family_of
+from meshloom.models.sequence import Packed
 from meshloom.sharding import Layout, derive
 
 GOLDENS = sorted((pathlib.Path(__file__).parents[1] / "golden" / "families").glob("*.json"))
@@ -126,6 +127,15 @@ def test_long_sequences_change_nothing():
     # Long enough for attention in blocks, which loops over slices of the sequence.
     axes = {"fsdp": 2, "tensor": 2}
     assert layout_of(ROOMY, axes, length=1024).rows == layout_of(ROOMY, axes).rows
+
+
+def test_packed_documents_change_nothing():
+    config = dataclasses.replace(ROOMY, learned_positions=64, rope=None, tie_embeddings=False)
+    axes = {"fsdp": 2, "tensor": 2}
+    tokens = jax.ShapeDtypeStruct((2, 12), jnp.int32)
+    module = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    packed = derive(module, AbstractMesh((2, 2), ("fsdp", "tensor")), tokens, Packed(tokens, tokens))
+    assert [row.spec for row in packed.rows] == [row.spec for row in layout_of(config, axes).rows]
 
 
 def test_weights_in_bfloat16_have_the_same_layout():

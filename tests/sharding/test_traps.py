@@ -30,6 +30,7 @@ from tests.sharding.modules import (
     ScannedBlocks,
     ScannedSquare,
     SharedLayers,
+    ThroughControlFlow,
     V,
     layout_of,
     roles_of,
@@ -226,9 +227,10 @@ def test_experts_that_do_not_divide_are_replicated(dispatch):
     assert "6 experts do not divide over expert=4" in layout.row("up").choices[0].reason
 
 
+@pytest.mark.parametrize("inputs", [1, 2], ids=["positions counted", "positions given"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_vocabulary_is_split_and_a_position_table_is_not(tied):
-    specs = specs_of(lambda: Embeddings(V, tied), TOKENS, fsdp=2, tensor=4)
+def test_a_vocabulary_is_split_and_a_position_table_is_not(tied, inputs):
+    specs = specs_of(lambda: Embeddings(V, tied), *[TOKENS] * inputs, fsdp=2, tensor=4)
     assert specs["table"] == ("tensor", "fsdp")
     assert specs["positions"] == (None, "fsdp")
     assert tied or specs["unembed"] == ("tensor", "fsdp")
@@ -288,6 +290,14 @@ def test_channels_of_convolutions_pair_like_features():
         "classes": ("fsdp", None),
     }
     assert roles_of(Convolutions, example)["widen"][:2] == ("inner", "residual")
+
+
+@pytest.mark.parametrize("flow", ["jit", "remat", "custom_vjp", "cond", "while", "fori_loop", "vmap", "shard_map"])
+def test_control_flow_hides_nothing(flow):
+    layout = layout_of(lambda: ThroughControlFlow(flow), HIDDEN, fsdp=2, tensor=4)
+    assert [tuple(row.spec) for row in layout.rows] == [("fsdp", "tensor"), ("tensor", "fsdp")]
+    assert layout.row("up").roles == ("inner", "residual")
+    assert not layout.unknown
 
 
 @pytest.mark.parametrize("name", EVERY_MODULE)

@@ -1,0 +1,103 @@
+"""From a corpus to batches: rows cut from the token stream, shuffled anew each epoch, forever.
+
+The order depends on the seed alone; the iterator's state is a small JSON value that goes into every checkpoint. A row
+holds pieces of one or more documents, numbered, so that attention and loss stay inside each. Knows no devices beyond
+which process of how many this is.
+
+Shape legend: B rows, T tokens per row that are predicted.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jaxtyping import Array, Int
+
+from meshloom.core.errors import ConfigError
+from meshloom.train.corpus import Corpus
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows of `T + 1` tokens: the first T are the input, the last T what is predicted.
+
+    Attributes:
+        tokens: ids; padding is 0.
+        segment_ids: number of the document within its row, from 1; 0 is padding.
+        positions: place within the document's part of the row, from 0.
+    """
+
+    tokens: Int[Array | np.ndarray, "*rows T_and_1"]
+    segment_ids: Int[Array | np.ndarray, "*rows T_and_1"]
+    positions: Int[Array | np.ndarray, "*rows T_and_1"]
+
+
+class PackedRows:
+    """The corpus as rows of `length + 1` tokens; neighbours share one token, so that each is predicted once an epoch."""
+
+    def __init__(self, corpus: Corpus, length: int):
+        self._corpus = corpus
+        self._length = length
+
+    def __len__(self) -> int:
+        return max(len(self._corpus.tokens) - 2, 0) // self._length + 1
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        start = index * self._length
+        stop = min(start + self._length + 1, len(self._corpus.tokens))
+        offsets = np.arange(start, stop)
+        document = np.searchsorted(self._corpus.ends, offsets, side="right")
+        first_of_document = np.searchsorted(document, document, side="left")
+        row = {name: np.zeros(self._length + 1, np.int32) for name in ("tokens", "segment_ids", "positions")}
+        row["tokens"][: stop - start] = self._corpus.tokens[start:stop]
+        row["segment_ids"][: stop - start] = document - document[0] + 1
+        row["positions"][: stop - start] = np.arange(stop - start) - first_of_document
+        return row
+
+
+class Batches:
+    """An endless iterator over this process's share of every batch.
+
+    Args:
+        batch_size: rows per step, over all processes.
+    Raises:
+        ConfigError: the corpus has fewer rows than one batch, or a batch does not divide over the processes.
+    """
+
+    def __init__(self, corpus: Corpus, *, length: int, batch_size: int, seed: int):
+        rows = PackedRows(corpus, length)
+        if len(rows) < batch_size:
+            raise ConfigError(
+                f"data: {len(corpus.tokens)} tokens make {len(rows)} rows of sequence_length={length}, too few for one "
+                f"batch of batch_size={batch_size}; give more data, or a smaller batch or length"
+            )
+        processes = jax.process_count()
+        if batch_size % processes:
+            raise ConfigError(f"batch_size={batch_size} rows do not divide over {processes} processes")
+        shuffled = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+        mine = shuffled[jax.process_index() :: processes] if processes > 1 else shuffled
+        # A row is a slice of a memory map: one thread, a step or two ahead, hides all of it.
+        reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+        self._iterator = iter(mine.batch(batch_size // processes).to_iter_dataset(reading))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return Batch(**next(self._iterator))
+
+    def state(self) -> dict[str, Any]:
+        """Where the iterator stands, as JSON."""
+        return self._iterator.get_state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from a `state`."""
+        self._iterator.set_state(state)
+
+    def close(self) -> None:
+        """Stops the reading thread."""
+        self._iterator.close()

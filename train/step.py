@@ -1,0 +1,148 @@
+"""One optimizer step as one compiled program, on one device or a mesh.
+
+A batch is computed in equal parts one after the other; their gradients are summed in float32 and divided by the tokens
+of the whole batch, so that the number of parts changes memory and not the result. Weights and optimizer are float32 and
+are donated; what a step computes in is another dtype if asked. Shardings come from a derived `Layout`.
+
+Shape legend: A parts, B rows per part, T tokens per row.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from meshloom.models.random_weights import random_weights
+from meshloom.models.sequence import Packed
+from meshloom.sharding.layout import Layout
+from meshloom.train.data import Batch
+from meshloom.train.objectives import next_token_loss
+
+# Parameters and optimizer state as they go from step to step: `nnx.State` of parameters, and optax's state.
+Weights = tuple[Any, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepMetrics:
+    """What a step reports.
+
+    Attributes:
+        loss: mean over the batch's tokens, in nats. grad_norm: global norm of its gradient, before clipping.
+        learning_rate: of this step. tokens: tokens that the loss is a mean of.
+    """
+
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+    tokens: Int[Array, ""]
+
+
+def make_step(
+    module: nnx.Module, optimizer: optax.GradientTransformation, schedule: optax.Schedule, *, dtype: Any
+) -> Callable[[Weights, Batch, Int[Array, ""]], tuple[Weights, StepMetrics]]:
+    """The step as a function of (weights, batch `[A, B, T + 1]`, number of the step from 0), to be traced or jitted.
+
+    Args:
+        module: abstract or not; only its structure is used.
+        dtype: of the computation.
+    """
+    graphdef, _ = nnx.split(module)
+
+    def loss_of(params: Any, part: Batch) -> tuple[Float[Array, ""], Int[Array, ""]]:
+        computed = jax.tree.map(lambda x: x.astype(dtype), params)
+        layout = Packed(part.segment_ids[:, :-1], part.positions[:, :-1])
+        logits, _ = nnx.merge(graphdef, computed)(part.tokens[:, :-1], layout)
+        return next_token_loss(logits, part.tokens, part.segment_ids)
+
+    def add_part(params: Any, total: Any, part: Batch) -> tuple[Any, None]:
+        (loss, count), gradient = jax.value_and_grad(loss_of, has_aux=True)(params, part)
+        return jax.tree.map(jnp.add, total, (loss, count, gradient)), None
+
+    def step(weights: Weights, batch: Batch, number: Int[Array, ""]) -> tuple[Weights, StepMetrics]:
+        params, state = weights
+        nothing = (jnp.float32(0), jnp.int32(0), jax.tree.map(jnp.zeros_like, params))
+        total, _ = jax.lax.scan(lambda total, part: add_part(params, total, part), nothing, batch)
+        loss, count, gradient = total
+        tokens = jnp.maximum(count, 1)
+        gradient = jax.tree.map(lambda g: g / tokens, gradient)
+        with jax.named_scope("optimizer"):
+            updates, state = optimizer.update(gradient, state, params)
+            params = optax.apply_updates(params, updates)
+        metrics = StepMetrics(loss / tokens, optax.tree.norm(gradient), jnp.float32(schedule(number)), count)
+        return (params, state), metrics
+
+    return step
+
+
+def weight_shardings(module: nnx.Module, optimizer: optax.GradientTransformation, layout: Layout) -> Weights:
+    """A sharding for every array of `Weights`; the optimizer's follow the parameters they belong to."""
+    state = jax.eval_shape(optimizer.init, nnx.state(module, nnx.Param))
+    return layout.shardings, layout.follow(state)
+
+
+def abstract_weights(module: nnx.Module, optimizer: optax.GradientTransformation, layout: Layout) -> Weights:
+    """`Weights` as shapes with shardings."""
+    params = nnx.state(module, nnx.Param)
+    shapes = (params, jax.eval_shape(optimizer.init, params))
+    shardings = weight_shardings(module, optimizer, layout)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def fresh_weights(
+    module: nnx.Module, optimizer: optax.GradientTransformation, layout: Layout, *, seed: int
+) -> Weights:
+    """Weights drawn in place, each device its own part: the model need not fit on one.
+
+    The values depend on `seed` alone, not on the mesh.
+    """
+    concrete = random_weights(module, seed=seed, shardings=layout.shardings)
+    return with_optimizer(concrete, optimizer, layout)
+
+
+def with_optimizer(module: nnx.Module, optimizer: optax.GradientTransformation, layout: Layout) -> Weights:
+    """The placed parameters of a concrete module, and a fresh optimizer state beside them."""
+    _, held = weight_shardings(module, optimizer, layout)
+    params = nnx.state(module, nnx.Param)
+    return params, jax.jit(optimizer.init, out_shardings=held)(params)
+
+
+def compile_step(step: Callable[..., Any], weights: Weights, batch: Batch, layout: Layout) -> jax.stages.Compiled:
+    """Compiles a step for weights and a batch that may be abstract; the compiled one takes over the weights it is given."""
+    shardings = jax.tree.map(lambda x: x.sharding, weights)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated))
+    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.replicated)
+    return jitted.lower(weights, batch, number).compile()
+
+
+def place_batch(batch: Batch, layout: Layout, *, accumulation: int) -> Batch:
+    """This process's rows `[rows, T + 1]` onto the devices, as `[A, B, T + 1]` with B split like the layout says.
+
+    Raises:
+        ShardingError: the rows of one part do not divide over the `data` and `fsdp` axes.
+    """
+
+    def place(x: np.ndarray) -> Array:
+        rows = x.reshape(accumulation, -1, x.shape[-1])
+        return jax.make_array_from_process_local_data(parts_sharding(layout, rows.shape[1] * jax.process_count()), rows)
+
+    return jax.tree.map(place, batch)
+
+
+def abstract_batch(layout: Layout, *, accumulation: int, rows: int, length: int) -> Batch:
+    """The shape of a placed batch: `rows` rows over all parts and processes."""
+    part = rows // accumulation
+    shape = jax.ShapeDtypeStruct((accumulation, part, length + 1), jnp.int32, sharding=parts_sharding(layout, part))
+    return Batch(shape, shape, shape)
+
+
+def parts_sharding(layout: Layout, rows: int) -> NamedSharding:
+    """The sharding of `[A, rows, T + 1]`."""
+    return NamedSharding(layout.mesh, PartitionSpec(None, *layout.batch_sharding(rows).spec))

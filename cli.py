@@ -21,6 +21,7 @@ from meshloom.serve.config import BenchServeConfig, ChatConfig, EngineConfig, Se
 from meshloom.serve.request import SamplingParams
 from meshloom.train.config import TrainConfig
 
+INTERRUPTED = 130  # what a shell reports for a program that an interrupt ended
 ONE_SEQUENCE = EngineConfig(max_num_seqs=1, buckets=(1, 32, 256), kv_cache_memory=0.5)
 
 
@@ -168,16 +169,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if as_json and result is not None:
             print(json.dumps(result))
         sys.stdout.flush()
+        # Training that is told to stop keeps what it has, and returns.
+        return INTERRUPTED if result is not None and result.get("interrupted") else 0
     except MeshloomError as error:
         print(f"error: {error}", file=sys.stderr)
         if as_json:
             print(json.dumps({"error": str(error)}))
         return 2
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # the reader, such as `head`, has seen enough; leave the interpreter nothing to flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        return 0
 
 
 def _answer(arguments: list[str]) -> str | None:

@@ -103,8 +103,8 @@ def serve(command: cli.Serve) -> None:
 def train(command: cli.Train) -> dict[str, Any]:
     from meshloom.train.loop import train
 
-    run = train(_part(TrainConfig, command))
-    return {"folder": str(run.folder), "final_loss": run.final_loss}
+    enable_compilation_cache()
+    return train(_part(TrainConfig, command)).figures()
 
 
 def plan(command: cli.Plan) -> dict[str, Any]:

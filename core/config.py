@@ -13,7 +13,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
-from meshloom.core.errors import ConfigError
+from meshloom.core.errors import ConfigError, MeshloomError
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -48,6 +48,7 @@ def from_dict[T](cls: type[T], data: Any, *, where: str = "config", base: T | No
         base: values of keys that `data` leaves out; without it, the class's defaults.
     Raises:
         ConfigError: a key is unknown (the nearest valid one is named), missing, or its value has another type.
+        MeshloomError: what the class's own checks raise, with `where` put before the message.
     """
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: {cls.__name__} needs a table of keys, got {data!r}")
@@ -59,13 +60,14 @@ def from_dict[T](cls: type[T], data: Any, *, where: str = "config", base: T | No
             raise ConfigError(f"{where}: unknown key {key!r}; {nearest(key, fields)}")
         current = getattr(base, key, None)
         values[key] = _convert(hints[key], value, f"{where}: {key}", current)
-    if base is not None:
-        return dataclasses.replace(base, **values)  # type: ignore[type-var]
     required = (dataclasses.MISSING, dataclasses.MISSING)
     missing = [n for n, f in fields.items() if n not in values and (f.default, f.default_factory) == required]
-    if missing:
+    if missing and base is None:
         raise ConfigError(f"{where}: missing {', '.join(missing)}")
-    return cls(**values)
+    try:
+        return cls(**values) if base is None else dataclasses.replace(base, **values)  # type: ignore[type-var]
+    except MeshloomError as error:  # from __post_init__, which knows the fields but not where they came from
+        raise type(error)(f"{where}: {error}") from error
 
 
 def load_toml[T](cls: type[T], path: str | pathlib.Path, *, base: T | None = None) -> T:
@@ -95,10 +97,7 @@ def _convert(hint: Any, value: Any, where: str, current: Any = None) -> Any:
     if origin is typing.Literal:
         if value in arguments:
             return value
-        hint_text = nearest(value, [str(a) for a in arguments]) if isinstance(value, str) else ""
-        raise ConfigError(
-            f"{where} must be one of {', '.join(map(repr, arguments))}; got {value!r} {hint_text}".rstrip()
-        )
+        raise ConfigError(f"{where} must be one of {', '.join(map(repr, arguments))}; got {value!r}")
     if origin in (tuple, list) and isinstance(value, list | tuple):
         return _convert_sequence(origin, arguments, value, where)
     if origin is dict and isinstance(value, dict):

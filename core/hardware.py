@@ -1,6 +1,7 @@
 """What chips can do, from the vendors' data sheets; and what this CPU does, measured.
 
-Peaks are dense, per device as JAX counts devices (one v5p chip, one tpu7x core pair), without sparsity.
+Figures are dense (no sparsity) and per device as JAX counts devices: a v4 or v5p chip with both its cores is one, a
+tpu7x chip is two.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from meshloom.core.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One accelerator.
+    """One accelerator, as one JAX device.
 
     Attributes:
         name: the key of device strings such as "v5e:4x4".
@@ -23,7 +24,8 @@ class Chip:
         hbm_bytes: memory per device. hbm_bandwidth: bytes/s.
         link_bandwidth: bytes/s, one direction, summed over the links to neighbours in the same slice or node.
         kinds: how `jax.Device.device_kind` spells it, lower case.
-        source: where the figures come from.
+        source: where the figures come from; links of TPUs: Austin et al. 2025, How to Scale Your Model, part 2.
+        devices_per_chip: JAX devices on one chip of a topology such as "tpu7x:2x2x1".
     """
 
     name: str
@@ -33,6 +35,7 @@ class Chip:
     link_bandwidth: float
     kinds: tuple[str, ...]
     source: str
+    devices_per_chip: int = 1
 
 
 _TERA, _GIB = 1e12, 2**30
@@ -45,7 +48,7 @@ CHIPS = {
             {"bfloat16": 275 * _TERA, "int8": 275 * _TERA},
             32 * _GIB,
             1.228 * _TERA,
-            270e9,
+            6 * 45e9,
             ("tpu v4",),
             "Google Cloud TPU v4 system architecture",
         ),
@@ -54,7 +57,7 @@ CHIPS = {
             {"bfloat16": 197 * _TERA, "int8": 394 * _TERA},
             16 * _GIB,
             0.819 * _TERA,
-            200e9,
+            4 * 45e9,
             ("tpu v5 lite", "tpu v5e"),
             "Google Cloud TPU v5e system architecture",
         ),
@@ -63,7 +66,7 @@ CHIPS = {
             {"bfloat16": 459 * _TERA, "int8": 918 * _TERA},
             95 * _GIB,
             2.765 * _TERA,
-            600e9,
+            6 * 90e9,
             ("tpu v5", "tpu v5p"),
             "Google Cloud TPU v5p system architecture",
         ),
@@ -72,18 +75,19 @@ CHIPS = {
             {"bfloat16": 918 * _TERA, "int8": 1836 * _TERA},
             32 * _GIB,
             1.64 * _TERA,
-            448e9,
+            4 * 90e9,
             ("tpu v6 lite", "tpu v6e"),
             "Google Cloud TPU v6e (Trillium) system architecture",
         ),
         Chip(
             "tpu7x",
-            {"bfloat16": 2307 * _TERA, "float8": 4614 * _TERA},
-            192 * _GIB,
-            7.37 * _TERA,
-            600e9,
-            ("tpu7x", "tpu v7x"),
-            "Google Cloud TPU7x (Ironwood) system architecture",
+            {"bfloat16": 2307 / 2 * _TERA, "float8": 4614 / 2 * _TERA},
+            192 // 2 * _GIB,
+            7.38 / 2 * _TERA,
+            6 * 90e9 / 2,
+            ("tpu7x",),
+            "Google Cloud TPU7x (Ironwood) system architecture, half a chip",
+            devices_per_chip=2,
         ),
         Chip(
             "a100",
@@ -119,7 +123,7 @@ CHIPS = {
             7.7 * _TERA,
             900e9,
             ("nvidia b200",),
-            "NVIDIA DGX B200 data sheet, per GPU",
+            "NVIDIA HGX B200 data sheet, per GPU",
         ),
     )
 }
@@ -141,10 +145,15 @@ def peak_flops(devices: list[jax.Device], dtype: str) -> float:
     """Peak FLOP/s of all `devices` together: the data sheet's, or on a CPU one measured product's.
 
     Simulated CPU devices share one processor, so their number does not count.
+
+    Raises:
+        ConfigError: no figure is known for the chip, or for `dtype` on it.
     """
+    if devices[0].platform == "cpu":
+        return measured_peak_flops(dtype)
     chip = chip_of_kind(devices[0].device_kind)
     if chip is None:
-        return measured_peak_flops(dtype)
+        raise ConfigError(f"no peak is known for {devices[0].device_kind!r}; known: {', '.join(CHIPS)}")
     if dtype not in chip.flops:
         raise ConfigError(f"no {dtype} peak is known for {chip.name}; known: {', '.join(chip.flops)}")
     return len(devices) * chip.flops[dtype]

@@ -25,7 +25,7 @@ class Devices:
 
     Attributes:
         slices: how many slices ("2xv5e:16x16" has 2) or nodes.
-        shape: devices of one slice, () for "local", whose devices are whatever JAX finds.
+        shape: chips of one slice, () for "local", whose devices are whatever JAX finds.
     """
 
     platform: str
@@ -34,8 +34,9 @@ class Devices:
 
     @property
     def count(self) -> int:
-        """Number of devices, or 0 for "local"."""
-        return self.slices * math.prod(self.shape) if self.shape else 0
+        """Number of devices as JAX counts them, or 0 for "local"."""
+        per_chip = CHIPS[self.platform].devices_per_chip if self.platform in CHIPS else 1
+        return self.slices * math.prod(self.shape) * per_chip if self.shape else 0
 
 
 def parse_devices(text: str) -> Devices:
@@ -122,8 +123,7 @@ def make_mesh(axes: str | dict[str, int], devices: list[jax.Device] | None = Non
 
     Args:
         axes: sizes by axis name, as a dict or "fsdp=4,tensor=2"; names out of data, fsdp, expert, tensor; one size
-            may be
-            -1 and takes the remaining devices.
+            may be -1 and takes the remaining devices.
     Raises:
         ShardingError: unknown axis, or sizes whose product is not the number of devices; names both.
     """

@@ -1,8 +1,8 @@
 """Chat messages to prompt text, by the model's own Jinja template.
 
-Templates come with the model, from strangers: they run in Jinja's immutable sandbox. The environment has what Hugging Face
-templates expect (`raise_exception`, `strftime_now`, a `tojson` that leaves HTML alone, loop controls, the `generation` tag) and
-nothing more. It knows no tokenizer and no model.
+Templates come with the model, from strangers: they run in Jinja's immutable sandbox. The environment has what Hugging
+Face templates expect (`raise_exception`, `strftime_now`, a `tojson` that leaves HTML alone, loop controls, the
+`generation` tag) and nothing more. It knows no tokenizer and no model.
 """
 
 import datetime
@@ -53,7 +53,9 @@ def _compile(template: str) -> jinja2.Template:
     try:
         return environment.from_string(template)
     except jinja2.exceptions.TemplateSyntaxError as error:
-        raise ModelError(f"the model's chat template is not valid Jinja: line {error.lineno}: {error.message}") from error
+        raise ModelError(
+            f"the model's chat template is not valid Jinja: line {error.lineno}: {error.message}"
+        ) from error
 
 
 def render_chat(
@@ -77,4 +79,6 @@ def render_chat(
     except jinja2.exceptions.TemplateError as error:
         raise RequestError(f"the model's chat template refuses these messages: {error}") from error
     except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise RequestError(f"the model's chat template failed on these messages: {type(error).__name__}: {error}") from error
+        raise RequestError(
+            f"the model's chat template failed on these messages: {type(error).__name__}: {error}"
+        ) from error

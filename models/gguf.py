@@ -1,7 +1,8 @@
 """GGUF files: metadata and tensors by name; each tensor is mapped, and dequantized when it is read.
 
-The header is parsed here (the `gguf` package takes seconds for the 100,000 strings of a vocabulary, this 0.1 s); block formats are that
-package's. It knows the container; `families.gguf` knows what names mean, `gguf_tokenizer` what the vocabulary means.
+The header is parsed here (the `gguf` package takes seconds for the 100,000 strings of a vocabulary, this 0.1 s); block
+formats are that package's. It knows the container; `families.gguf` knows what names mean, `gguf_tokenizer` what the
+vocabulary means.
 """
 
 import dataclasses
@@ -92,7 +93,9 @@ class GGUFSource:
         cursor = _Cursor(memoryview(self._data))
         magic, version = cursor.scalar("4s"), cursor.scalar("I")
         if magic != b"GGUF" or version not in (2, 3):
-            raise CheckpointError(f"{self.path} is not a GGUF file of version 2 or 3: it begins with {magic!r}, version {version}")
+            raise CheckpointError(
+                f"{self.path} is not a GGUF file of version 2 or 3: it begins with {magic!r}, version {version}"
+            )
         try:
             tensors, keys = cursor.scalar("Q"), cursor.scalar("Q")
             self.metadata: dict[str, Any] = {}
@@ -101,7 +104,9 @@ class GGUFSource:
                 self.metadata[key] = cursor.value(cursor.scalar("I"))
             entries = [self._entry(cursor) for _ in range(tensors)]
         except (struct.error, KeyError, ValueError) as error:
-            raise CheckpointError(f"the header of {self.path} is truncated or corrupted at byte {cursor.at}: {error}") from error
+            raise CheckpointError(
+                f"the header of {self.path} is truncated or corrupted at byte {cursor.at}: {error}"
+            ) from error
         alignment = self.metadata.get("general.alignment", 32)
         start = -(-cursor.at // alignment) * alignment
         self._tensors = {name: dataclasses.replace(entry, offset=start + entry.offset) for name, entry in entries}
@@ -119,7 +124,9 @@ class GGUFSource:
         for name, tensor in self._tensors.items():
             if tensor.kind not in _BLOCKS and tensor.kind not in _PLAIN:
                 known = ", ".join(kind.name for kind in (*_PLAIN, *sorted(_BLOCKS)))
-                self.problems.append(f"quantization: {name} is {tensor.kind.name}, which is not supported; supported: {known}")
+                self.problems.append(
+                    f"quantization: {name} is {tensor.kind.name}, which is not supported; supported: {known}"
+                )
             elif tensor.offset + tensor.nbytes > self._data.size:
                 end = tensor.offset + tensor.nbytes
                 self.problems.append(f"truncated tensor: {name} ends at byte {end} of a file of {self._data.size}")

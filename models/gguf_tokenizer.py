@@ -1,7 +1,8 @@
 """The tokenizer in a GGUF file's metadata, as a `tokenizers` pipeline.
 
-Two kinds are known: `gpt2` (byte-level BPE with merges; `tokenizer.ggml.pre` names how text is cut before) and `llama` (SentencePiece
-BPE: pieces with scores and a byte fallback). Anything else is refused by name: a wrong cut gives wrong tokens without a word.
+Two kinds are known: `gpt2` (byte-level BPE with merges; `tokenizer.ggml.pre` names how text is cut before) and `llama`
+(SentencePiece BPE: pieces with scores and a byte fallback). Anything else is refused by name: a wrong cut gives wrong
+tokens without a word.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,11 +16,10 @@ from meshloom.models.tokenizer import Tokenizer
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 
-# How text is cut before BPE merges, after llama.cpp's names. All but the last step of a list are isolated by a regular expression.
+# How text is cut before BPE merges, after llama.cpp's names. All but the last step of a list are isolated by a regular
+# expression.
 _GPT2_CUT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3_CUT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_LLAMA3_CUT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _DIGIT = r"\p{N}"
 _CUTS: dict[str, tuple[str, ...]] = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2_CUT, r"\p{N}+", r"[0-9][0-9][0-9]"),
@@ -59,7 +59,9 @@ def read_gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
     backend, begins = makers[kind](metadata, tokens, types)
     for wanted, special in ((_CONTROL, True), (_USER_DEFINED, False)):
         added = [
-            tokenizers.AddedToken(t, special=special, normalized=False) for t, k in zip(tokens, types, strict=True) if k == wanted
+            tokenizers.AddedToken(t, special=special, normalized=False)
+            for t, k in zip(tokens, types, strict=True)
+            if k == wanted
         ]
         (backend.add_special_tokens if special else backend.add_tokens)(added)
 
@@ -67,9 +69,12 @@ def read_gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
         return metadata.get(f"tokenizer.ggml.{name}_token_id")
 
     bos, eos = token_id("bos"), token_id("eos")
-    _frame(backend, tokens, bos if metadata.get("tokenizer.ggml.add_bos_token", begins) else None, (
-        eos if metadata.get("tokenizer.ggml.add_eos_token", False) else None
-    ))
+    _frame(
+        backend,
+        tokens,
+        bos if metadata.get("tokenizer.ggml.add_bos_token", begins) else None,
+        (eos if metadata.get("tokenizer.ggml.add_eos_token", False) else None),
+    )
     control = {token: i for i, (token, k) in enumerate(zip(tokens, types, strict=True)) if k == _CONTROL}
     ends = [eos, token_id("eot"), token_id("eom"), *(control.get(token) for token in _ENDS)]
     return Tokenizer(

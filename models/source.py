@@ -1,6 +1,7 @@
 """Where a model comes from: a name, a folder, a file or a Hugging Face id, made into one thing that can be planned or loaded.
 
-`resolve` reads configurations only; weights and tokenizer are read when asked for. It knows no device: placement is the caller's.
+`resolve` reads configurations only; weights and tokenizer are read when asked for. It knows no device: placement is the
+caller's.
 """
 
 import dataclasses
@@ -79,7 +80,9 @@ def resolve(source: str | pathlib.Path) -> ModelSource:
         return _from_preset(text)
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ModelError(f"{path} is a file, but not a .gguf file; give the folder that holds config.json and the weights")
+            raise ModelError(
+                f"{path} is a file, but not a .gguf file; give the folder that holds config.json and the weights"
+            )
         return _from_gguf(path)
     if path.is_dir():
         return _from_run(path) if (path / "meshloom.json").is_file() else _from_folder(path)
@@ -143,7 +146,9 @@ def _from_gguf(path: pathlib.Path) -> ModelSource:
         options = {"where": str(path), "ignored": GGUF_IGNORED}
         return load_weights(module, rules, file, shardings=shardings, progress=progress, **options)
 
-    return ModelSource(str(path), config, file.plain_dtype(), functools.partial(read_gguf_tokenizer, file.metadata), weights)
+    return ModelSource(
+        str(path), config, file.plain_dtype(), functools.partial(read_gguf_tokenizer, file.metadata), weights
+    )
 
 
 def _from_folder(folder: pathlib.Path) -> ModelSource:
@@ -163,7 +168,9 @@ def _from_folder(folder: pathlib.Path) -> ModelSource:
             progress=progress,
         )
 
-    return ModelSource(str(folder), config, _stated_dtype(values), functools.partial(_folder_tokenizer, folder), weights)
+    return ModelSource(
+        str(folder), config, _stated_dtype(values), functools.partial(_folder_tokenizer, folder), weights
+    )
 
 
 def _folder_tokenizer(folder: pathlib.Path) -> Tokenizer | None:
@@ -174,7 +181,9 @@ def _folder_tokenizer(folder: pathlib.Path) -> Tokenizer | None:
 def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
-        raise ModelError(f"{folder} holds no model: expected config.json (Hugging Face) or meshloom.json (a training run)")
+        raise ModelError(
+            f"{folder} holds no model: expected config.json (Hugging Face) or meshloom.json (a training run)"
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -209,7 +218,9 @@ def _from_run(folder: pathlib.Path) -> ModelSource:
         trained = read_run(folder / "checkpoints", abstract_module(config, _dtype_of(module)))
         return restack(trained, module, shardings=shardings)
 
-    return ModelSource(str(folder), config, jnp.float32, functools.partial(_folder_tokenizer, folder / "tokenizer"), weights)
+    return ModelSource(
+        str(folder), config, jnp.float32, functools.partial(_folder_tokenizer, folder / "tokenizer"), weights
+    )
 
 
 def _download(repository: str, files: list[str] | None = None) -> pathlib.Path:
@@ -222,9 +233,13 @@ def _download(repository: str, files: list[str] | None = None) -> pathlib.Path:
         family_of(values := _read_config(pathlib.Path(first))).read_config(values)
         return pathlib.Path(huggingface_hub.snapshot_download(repository, allow_patterns=files or _HF_FILES))
     except errors.GatedRepoError as error:
-        raise ModelError(f"{repository} is gated: accept its terms on huggingface.co and log in with `hf auth login`") from error
+        raise ModelError(
+            f"{repository} is gated: accept its terms on huggingface.co and log in with `hf auth login`"
+        ) from error
     except errors.RepositoryNotFoundError as error:
-        raise ModelError(f"there is no Hugging Face model {repository!r}, or you may not see it (`hf auth login`)") from error
+        raise ModelError(
+            f"there is no Hugging Face model {repository!r}, or you may not see it (`hf auth login`)"
+        ) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as error:
         raise ModelError(
             f"{repository} is not in the Hugging Face cache and huggingface.co cannot be reached ({type(error).__name__}: "

@@ -1,8 +1,9 @@
 """Safetensors files: tensors by name, memory-mapped for reading, streamed for writing.
 
-Reading maps the files and copies nothing; every defect (missing shard, truncated tensor, broken index) is collected, so that one error
-can name them all. Writing takes tensors one at a time and never holds two. Format: an 8-byte little-endian length, a JSON header with
-dtype, shape and byte range of every tensor, then the bytes. It knows names, shapes and dtypes; what they mean is `weight_map`'s.
+Reading maps the files and copies nothing; every defect (missing shard, truncated tensor, broken index) is collected, so
+that one error can name them all. Writing takes tensors one at a time and never holds two. Format: an 8-byte
+little-endian length, a JSON header with dtype, shape and byte range of every tensor, then the bytes. It knows names,
+shapes and dtypes; what they mean is `weight_map`'s.
 """
 
 import dataclasses
@@ -92,7 +93,9 @@ class SafetensorsSource:
         if single.is_file():
             return [single]
         legacy = [path.name for path in sorted(self._path.glob("*.bin"))]
-        hint = f"; {', '.join(legacy)} are pickles, which can run code: save them as safetensors first" if legacy else ""
+        hint = (
+            f"; {', '.join(legacy)} are pickles, which can run code: save them as safetensors first" if legacy else ""
+        )
         self.problems.append(f"no weights: {self._path} holds neither {SINGLE} nor {INDEX}{hint}")
         return []
 
@@ -102,7 +105,9 @@ class SafetensorsSource:
             names = sorted(set(weight_map.values()))
             paths = [self._path / name for name in names]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            self.problems.append(f"corrupted index: {index.name} has no readable weight_map ({type(error).__name__}: {error})")
+            self.problems.append(
+                f"corrupted index: {index.name} has no readable weight_map ({type(error).__name__}: {error})"
+            )
             return []
         for path in paths:
             if not path.is_file():
@@ -115,7 +120,9 @@ class SafetensorsSource:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > size - 8:
-                self.problems.append(f"truncated file: {file.name} has {size} bytes, its header alone needs {length + 8}")
+                self.problems.append(
+                    f"truncated file: {file.name} has {size} bytes, its header alone needs {length + 8}"
+                )
                 return
             try:
                 header: dict[str, Any] = json.loads(stream.read(length))
@@ -129,13 +136,19 @@ class SafetensorsSource:
         shape = tuple(entry["shape"])
         begin, end = entry["data_offsets"]
         if entry["dtype"] not in DTYPES:
-            self.problems.append(f"unknown dtype: {name} in {file.name} is {entry['dtype']}; known: {', '.join(DTYPES)}")
+            self.problems.append(
+                f"unknown dtype: {name} in {file.name} is {entry['dtype']}; known: {', '.join(DTYPES)}"
+            )
             return
         dtype = DTYPES[entry["dtype"]]
         if end - begin != math.prod(shape) * dtype.itemsize:
-            self.problems.append(f"corrupted header: {name} in {file.name} has {end - begin} bytes for {entry['dtype']}{shape}")
+            self.problems.append(
+                f"corrupted header: {name} in {file.name} has {end - begin} bytes for {entry['dtype']}{shape}"
+            )
         elif start + end > size:
-            self.problems.append(f"truncated tensor: {name} ends at byte {start + end} of {file.name}, which has {size}")
+            self.problems.append(
+                f"truncated tensor: {name} ends at byte {start + end} of {file.name}, which has {size}"
+            )
         elif name in self._entries:
             self.problems.append(f"tensor twice: {name} is in {self._entries[name].file.name} and in {file.name}")
         self._entries[name] = _Entry(file, start + begin, dtype, shape)

@@ -1,8 +1,9 @@
 """Text to token ids and back, one token at a time if wanted.
 
-`Tokenizer` wraps a `tokenizers.Tokenizer` with what generation needs besides it: begin and end tokens and the chat template. It
-reads and writes the files that Hugging Face folders hold. `IncrementalDecoder` turns a growing list of ids into text such that the
-pieces joined are exactly the text of the whole list, and no piece ends inside a character. Neither knows a model.
+`Tokenizer` wraps a `tokenizers.Tokenizer` with what generation needs besides it: begin and end tokens and the chat
+template. It reads and writes the files that Hugging Face folders hold. `IncrementalDecoder` turns a growing list of ids
+into text such that the pieces joined are exactly the text of the whole list, and no piece ends inside a character.
+Neither knows a model.
 """
 
 import codecs
@@ -58,7 +59,8 @@ class Tokenizer:
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         """Token ids of `text`; `add_special` adds what the model was trained to see around a text (often a begin token).
 
-        Special tokens written in the text are recognised. A rendered chat holds its own: encode it with `add_special=False`.
+        Special tokens written in the text are recognised. A rendered chat holds its own: encode it with
+        `add_special=False`.
         """
         return self.backend.encode(text, add_special_tokens=add_special).ids
 
@@ -207,7 +209,9 @@ def train_byte_bpe(texts: Iterator[str] | Iterable[str], vocab_size: int) -> Tok
         vocab_size: ids wanted, at least 257 (256 bytes and the end of text); fewer come out when the texts are short.
     """
     if vocab_size < 257:
-        raise ModelError(f"a byte-level vocabulary needs at least 257 ids (256 bytes and {END_OF_TEXT}); got {vocab_size}")
+        raise ModelError(
+            f"a byte-level vocabulary needs at least 257 ids (256 bytes and {END_OF_TEXT}); got {vocab_size}"
+        )
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -235,9 +239,9 @@ _BYTES = _byte_alphabet()
 class IncrementalDecoder:
     """Text of a growing list of ids: `push` returns what each id adds, `flush` what is left at the end.
 
-    All pieces joined equal `tokenizer.decode(ids)`. A character whose bytes are spread over several tokens is returned with the
-    token that completes it. Byte-level vocabularies are decoded byte by byte in constant time; for others (SentencePiece style)
-    the last few tokens are decoded again.
+    All pieces joined equal `tokenizer.decode(ids)`. A character whose bytes are spread over several tokens is returned
+    with the token that completes it. Byte-level vocabularies are decoded byte by byte in constant time; for others
+    (SentencePiece style) the last few tokens are decoded again.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
@@ -247,7 +251,8 @@ class IncrementalDecoder:
         self._skipped = {i for i, token in added.items() if token.special} if skip_special else set()
         self._byte_level = isinstance(self._backend.decoder, decoders.ByteLevel)
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        # Others: ids of the last piece returned and of what came since; the text of both minus that of the first is new.
+        # Others: ids of the last piece returned and of what came since; the text of both minus that of the first is
+        # new.
         self._shown: list[int] = []
         self._held: list[int] = []
 

@@ -1,8 +1,9 @@
 """Names and layouts of a file's tensors, against the canonical parameters: one declaration, used to load and to save.
 
-A `Rule` pairs the name of a file's tensor with the canonical parameters it holds, and says in which `Form` it holds them. Names are
-templates over `{i}` (layer) and, in the file only, `{e}` (expert: the file has one tensor per expert, the model one for all). Rules for
-parameters that a model does not have (a bias, a norm) fall away, so one list serves a whole family. It knows no file and no device.
+A `Rule` pairs the name of a file's tensor with the canonical parameters it holds, and says in which `Form` it holds
+them. Names are templates over `{i}` (layer) and, in the file only, `{e}` (expert: the file has one tensor per expert,
+the model one for all). Rules for parameters that a model does not have (a bias, a norm) fall away, so one list serves a
+whole family. It knows no file and no device.
 """
 
 import dataclasses
@@ -104,7 +105,8 @@ class Rule:
         file: name template in the file.
         parts: canonical name templates of what it holds, in order.
         form: how it holds them.
-        duplicate: the file may repeat here what another tensor already gave (a tied unembedding); checked, never written.
+        duplicate: the file may repeat here what another tensor already gave (a tied unembedding); checked, never
+        written.
     """
 
     file: str

@@ -1,9 +1,10 @@
 """Weights from files into a model's state and back, one tensor at a time.
 
-Loading checks every name, shape and byte range before it reads the first weight, and reports all that is wrong in one error. Then each
-tensor of the file is mapped, cut into its parts and copied straight into its place: a slot of a scan-stacked, expert-stacked or sharded
-array that is updated in place (donated), and cast on the device. Beyond the arrays themselves the host holds at most one tensor. Saving
-goes the same way backwards, into a sibling folder that replaces the target only when it is complete.
+Loading checks every name, shape and byte range before it reads the first weight, and reports all that is wrong in one
+error. Then each tensor of the file is mapped, cut into its parts and copied straight into its place: a slot of a
+scan-stacked, expert-stacked or sharded array that is updated in place (donated), and cast on the device. Beyond the
+arrays themselves the host holds at most one tensor. Saving goes the same way backwards, into a sibling folder that
+replaces the target only when it is complete.
 """
 
 import contextlib
@@ -89,7 +90,9 @@ def restack(module: nnx.Module, target: nnx.Module, *, shardings: Any = None) ->
     for name, slot in parameter_slots(target).items():
         value = _host(held[slots[name].path], Part(name, slots[name], None))
         arrays[slot.path] = _fill(arrays[slot.path], value, Part(name, slot, None).leading)
-    return nnx.merge(graphdef, nnx.from_flat_state([(path, leaf.replace(arrays[path])) for path, leaf in leaves.items()]))
+    return nnx.merge(
+        graphdef, nnx.from_flat_state([(path, leaf.replace(arrays[path])) for path, leaf in leaves.items()])
+    )
 
 
 def _match(
@@ -111,7 +114,9 @@ def _match(
             problems.append(f"missing: {name}, expected shape {tensor.shape}")
         if name in names and source.shapes[names[name]] != tensor.shape:
             problems.append(f"misshapen: {names[name]} has shape {source.shapes[names[name]]}, expected {tensor.shape}")
-    problems += [f"unexpected: {name} of shape {source.shapes[name]}" for ours, name in names.items() if ours not in wanted]
+    problems += [
+        f"unexpected: {name} of shape {source.shapes[name]}" for ours, name in names.items() if ours not in wanted
+    ]
     if problems:
         raise CheckpointError(f"the weights in {where} do not fit their configuration:\n  " + "\n  ".join(problems))
     # Duplicates last, when what they repeat is in place.
@@ -148,7 +153,8 @@ def _fill(array: jax.Array, piece: np.ndarray, leading: tuple[int, ...]) -> jax.
         sharding = array.sharding
         spec = (*sharding.spec, *(None,) * (array.ndim - len(sharding.spec)))
         sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec[len(leading) :]))
-    # device_put copies only what each device keeps. Waiting bounds the host memory to this one tensor: transfers run ahead otherwise.
+    # device_put copies only what each device keeps. Waiting bounds the host memory to this one tensor: transfers run
+    # ahead otherwise.
     return jax.block_until_ready(_write(array, jax.device_put(piece, sharding), tuple(jnp.int32(i) for i in leading)))
 
 
@@ -178,7 +184,12 @@ def planned_tensors(module: nnx.Module, rules: Sequence[Rule]) -> list[Planned]:
         return tensor.form.join([_host(leaves[part.slot.path], part) for part in tensor.parts])
 
     return [
-        Planned(tensor.name, tensor.shape, np.dtype(leaves[tensor.parts[0].slot.path].dtype), functools.partial(read, tensor))
+        Planned(
+            tensor.name,
+            tensor.shape,
+            np.dtype(leaves[tensor.parts[0].slot.path].dtype),
+            functools.partial(read, tensor),
+        )
         for tensor in expand(rules, parameter_slots(module)).values()
         if not tensor.duplicate
     ]
@@ -194,7 +205,16 @@ def save_weights(folder: pathlib.Path, module: nnx.Module, rules: Sequence[Rule]
 
 
 # What a save may replace. A folder with anything else in it is someone's, not a model's.
-_MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "README.md", ".gitattributes")
+_MODEL_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "*.model",
+    "README.md",
+    ".gitattributes",
+)
 
 
 @contextlib.contextmanager
@@ -208,7 +228,9 @@ def replacing(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
     if folder.exists():
         foreign = [p.name for p in sorted(folder.iterdir()) if p.is_dir() or not any(p.match(m) for m in _MODEL_FILES)]
         if foreign:
-            raise CheckpointError(f"{folder} holds {', '.join(foreign)}, which no model has: save into a new or empty folder")
+            raise CheckpointError(
+                f"{folder} holds {', '.join(foreign)}, which no model has: save into a new or empty folder"
+            )
     partial = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

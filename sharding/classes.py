@@ -62,6 +62,15 @@ def leaves_of(dims: Iterable[Dim]) -> set[Dim]:
     return {leaf for dim in dims for leaf in leaves(dim)}
 
 
+def constituents(dim: Dim) -> tuple[Dim, ...]:
+    """The leaves of `dim`, and those of its parts and of its factors' parts: all that a weight of these rows makes."""
+    root = find(dim)
+    if root.size == 1:
+        return ()
+    own = tuple(each for factor in root.factors for each in constituents(factor)) if root.factors else (root,)
+    return own + tuple(each for piece in root.parts.values() for each in constituents(piece))
+
+
 def unify(a: Dim, b: Dim) -> bool:
     """Declares `a` and `b` the same dimension, factor by factor and part by part. False where sizes differ: they stay
     apart."""

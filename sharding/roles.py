@@ -27,7 +27,7 @@ import collections
 import dataclasses
 from typing import Literal
 
-from meshloom.sharding.classes import Dim, leaves, leaves_of
+from meshloom.sharding.classes import Dim, constituents, leaves, leaves_of
 from meshloom.sharding.trace import Program, Step
 from meshloom.sharding.values import Dims, Kind, Lookup, Meeting, Product, Source, Value
 
@@ -59,17 +59,24 @@ class Roles:
 
     def of(self, parameter: int, dim: Dim) -> Role:
         """Role of one dimension of parameter `parameter`: that of its outermost factor."""
-        parts = leaves(dim)
-        role = self.by_leaf.get(parts[0], "feature") if parts else "feature"
-        if role == "heads" and any(self._heads_in[parameter] < heads for heads in self._sets_with[parts[0]]):
+        factors = self.factors(dim)
+        role = self.by_leaf.get(factors[0], "feature") if factors else "feature"
+        if role == "heads" and any(self._heads_in[parameter] < heads for heads in self._sets_with[factors[0]]):
             return "kv_heads"
         return role
+
+    def factors(self, dim: Dim) -> tuple[Dim, ...]:
+        """The leaves of `dim`, outermost first; of its first part where only its parts have roles (a fused weight)."""
+        factors = leaves(dim)
+        while factors and factors[0] not in self.by_leaf and factors[0].parts:
+            factors = leaves(factors[0].parts[min(factors[0].parts)])
+        return factors
 
 
 def infer(program: Program) -> Roles:
     """Reads the roles of a traced program."""
     produced, contracted, picked, tables = _weight_uses(program.steps)
-    in_weights = [leaves_of(parameter.dims) for parameter in program.parameters]
+    in_weights = [{leaf for dim in each.dims for leaf in constituents(dim)} for each in program.parameters]
     batch = leaves_of(value.dims[0] for value in program.inputs if value.dims)
     sequence = leaves_of(dim for value in program.inputs for dim in value.dims[1:]) - contracted.keys()
     products = [
@@ -116,7 +123,7 @@ def _weight_uses(steps: tuple[Step, ...]) -> tuple[Uses, Uses, Uses, list[Lookup
     tables: list[Lookup] = []
 
     def note(uses: Uses, dims: Dims, weight: Value) -> None:
-        for leaf in (leaf for dim in dims for leaf in leaves(dim)):
+        for leaf in (leaf for dim in dims for leaf in constituents(dim)):
             uses[leaf] |= weight.parameters
 
     for step in steps:

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from meshloom.sharding.classes import Dim, cuts, leaves
+from meshloom.sharding.classes import Dim, cuts
 from meshloom.sharding.layout import Choice, Row, Rule
 from meshloom.sharding.roles import Role, Roles
 from meshloom.sharding.trace import Parameter, Program
@@ -189,14 +189,14 @@ class _Rules:
 
     def _choice(self, index: int, dimension: int) -> Choice:
         size, role = self.parameters[index].shape[dimension], self._role(index, dimension)
+        refusal = self.refusals.get((index, dimension))
         if split := self.splits[index].get(dimension):
-            return Choice(size, role, split.axis, split.rule, split.reason)
-        reasons = [self._not_stored(index, dimension)]
-        if (index, dimension) in self.refusals:
-            reasons.insert(0, self.refusals[index, dimension])
-        elif role in _NO_PAIR and self._ways("tensor") > 1:
-            reasons.insert(0, _NO_PAIR[role])
-        return Choice(size, role, None, None, "; ".join(reasons))
+            reason = f"{split.reason}; not by the pair rule: {refusal}" if refusal else split.reason
+            return Choice(size, role, split.axis, split.rule, reason)
+        if refusal is None and self._ways("tensor") > 1:
+            refusal = _NO_PAIR.get(role)
+        not_stored = self._not_stored(index, dimension)
+        return Choice(size, role, None, None, f"{refusal}; {not_stored}" if refusal else not_stored)
 
     def _not_stored(self, index: int, dimension: int) -> str:
         """Why the store rule left a dimension whole."""
@@ -241,7 +241,7 @@ class _Rules:
 
     def _run(self, dim: Dim, *wanted: Role) -> tuple[Dim, ...]:
         """The outermost factors of `dim` that share one of the wanted roles; empty if the first has none of them."""
-        factors = leaves(dim)
+        factors = self.roles.factors(dim)
         role = self.roles.by_leaf.get(factors[0]) if factors else None
         if role not in wanted:
             return ()
@@ -256,14 +256,14 @@ class _Rules:
         return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
-_PLURAL = {
+_PLURAL: dict[Role, str] = {
     "heads": "heads",
     "kv_heads": "kv heads",
     "inner": "inner features",
     "vocab": "vocabulary rows",
     "expert": "experts",
 }
-_NO_PAIR = {
+_NO_PAIR: dict[Role, str] = {
     "residual": "carried from layer to layer, so that no pair splits it",
     "head_dim": "within a head, which is never cut",
 }

@@ -113,6 +113,11 @@ def test_an_interrupt_is_quiet_and_status_130(monkeypatch, capsys):
     assert run(capsys, "info") == (130, "", "")
 
 
+def test_training_that_was_interrupted_is_reported_and_status_130(monkeypatch, capsys):
+    monkeypatch.setattr(commands, "train", lambda command: {"steps": 3, "interrupted": True})
+    assert run(capsys, "train", "--json") == (130, '{"steps": 3, "interrupted": true}\n', "")
+
+
 def test_flags_override_the_file_and_the_file_overrides_defaults(tmp_path):
     file = tmp_path / "serve.toml"
     file.write_text('model = "tiny"\nport = 9000\nhost = "0.0.0.0"\n[engine]\nmax_num_seqs = 4\npage_size = 8\n')

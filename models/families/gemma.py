@@ -38,7 +38,9 @@ def _gemma_from_hf(hf: HFConfig, **differences: Any) -> DecoderConfig:
 def _gemma_to_hf(config: DecoderConfig) -> dict[str, Any]:
     scalar = config.attention_scale**-2
     if abs(scalar - round(scalar)) > 1e-6 * scalar:
-        raise ModelError(f"Gemma stores attention_scale as a whole number n of n ** -0.5; {config.attention_scale} is none")
+        raise ModelError(
+            f"Gemma stores attention_scale as a whole number n of n ** -0.5; {config.attention_scale} is none"
+        )
     common = common_to_hf(config)
     return common | {
         "hidden_activation": common.pop("hidden_act"),
@@ -126,6 +128,9 @@ GEMMA3 = Family(
     _gemma3_to_hf,
     _rules,
     unwrap=_text_only,
-    renames=((r"^(model\.language_model|language_model\.model)\.", "model."), (r"^language_model\.lm_head\.", "lm_head.")),
+    renames=(
+        (r"^(model\.language_model|language_model\.model)\.", "model."),
+        (r"^language_model\.lm_head\.", "lm_head."),
+    ),
     ignored=(r"(^|\.)vision_tower\.", r"(^|\.)multi_modal_projector\."),
 )

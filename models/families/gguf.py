@@ -1,7 +1,8 @@
 """GGUF's architectures: metadata to a configuration, and its names of the weights.
 
-Facts that differ from Hugging Face files: Llama's q and k rows are ordered to rotate neighbours, Gemma's norms have their `1 +` baked
-in, GPT-2's matrices are `[out, in]`, experts are stacked, and Llama 3.1's and Phi's rope factors are tensors.
+Facts that differ from Hugging Face files: Llama's q and k rows are ordered to rotate neighbours, Gemma's norms have
+their `1 +` baked in, GPT-2's matrices are `[out, in]`, experts are stacked, and Llama 3.1's and Phi's rope factors are
+tensors.
 """
 
 import dataclasses
@@ -26,7 +27,9 @@ class _Metadata:
     def take(self, name: str, default: Any = _REQUIRED) -> Any:
         value = self.source.metadata.get(f"{self.architecture}.{name}", default)
         if value is _REQUIRED:
-            raise ModelError(f"{self.source.path}: the metadata has no {self.architecture}.{name}, which the architecture needs")
+            raise ModelError(
+                f"{self.source.path}: the metadata has no {self.architecture}.{name}, which the architecture needs"
+            )
         if isinstance(value, list):  # one value per layer
             if len(set(value)) != 1:
                 raise ModelError(f"{self.source.path}: {name} differs between layers ({value}), which is not supported")
@@ -67,7 +70,9 @@ def _rope(meta: _Metadata, head_dim: int) -> RopeConfig:
     }
     original = meta.take("rope.scaling.original_context_length", meta.take("context_length"))
     if baked := meta.factors("rope_freqs.weight"):  # Llama 3.1's ramp, already worked out
-        return RopeConfig(**shared, scaling="longrope", long_factors=baked, short_factors=baked, original_context=original)
+        return RopeConfig(
+            **shared, scaling="longrope", long_factors=baked, short_factors=baked, original_context=original
+        )
     if long := meta.factors("rope_factors_long.weight"):
         attention_factor = float(meta.take("rope.scaling.attn_factor", 1.0))
         short = meta.factors("rope_factors_short.weight")
@@ -83,12 +88,16 @@ def _rope(meta: _Metadata, head_dim: int) -> RopeConfig:
     if kind == "linear":
         return RopeConfig(**shared, scaling="linear", factor=float(meta.take("rope.scaling.factor")))
     if kind != "none":
-        raise ModelError(f"{meta.source.path}: rope scaling {kind!r} is not supported in GGUF files; supported: none, linear")
+        raise ModelError(
+            f"{meta.source.path}: rope scaling {kind!r} is not supported in GGUF files; supported: none, linear"
+        )
     return RopeConfig(**shared)
 
 
 def _moe(meta: _Metadata, d_ff: int) -> MoEConfig:
-    return MoEConfig(n_experts=meta.take("expert_count"), top_k=meta.take("expert_used_count"), d_ff=d_ff, normalize=True)
+    return MoEConfig(
+        n_experts=meta.take("expert_count"), top_k=meta.take("expert_used_count"), d_ff=d_ff, normalize=True
+    )
 
 
 def _llama(meta: _Metadata) -> DecoderConfig:
@@ -175,7 +184,12 @@ _PRE_NORMS = {"attn_norm": "attention_norm", "ffn_norm": "mlp_norm"}
 
 def _attention(form_q: Rows | RotaryPairs = Rows(), form_k: Rows | RotaryPairs = Rows(), norm: Rows | Shifted = Rows()):
     block, layer = "blk.{i}", "layers.{i}.attention"
-    projections = {"attn_q": ("q", form_q), "attn_k": ("k", form_k), "attn_v": ("v", Rows()), "attn_output": ("out", Rows())}
+    projections = {
+        "attn_q": ("q", form_q),
+        "attn_k": ("k", form_k),
+        "attn_v": ("v", Rows()),
+        "attn_output": ("out", Rows()),
+    }
     return (
         *(
             rule(f"{block}.{file}.{kind}", f"{layer}.{part}.{kind}", form=form)
@@ -196,7 +210,9 @@ def _mlp() -> tuple[Rule, ...]:
 
 
 def _experts() -> tuple[Rule, ...]:
-    stacked = (rule(f"blk.{{i}}.ffn_{part}_exps.weight", f"layers.{{i}}.mlp.{part}.weight") for part in ("gate", "up", "down"))
+    stacked = (
+        rule(f"blk.{{i}}.ffn_{part}_exps.weight", f"layers.{{i}}.mlp.{part}.weight") for part in ("gate", "up", "down")
+    )
     return (rule("blk.{i}.ffn_gate_inp.weight", "layers.{i}.mlp.router.weight"), *stacked)
 
 

@@ -60,7 +60,9 @@ def common_to_hf(config: DecoderConfig) -> dict[str, Any]:
 def attention_rules(prefix: str = "model.layers.{i}.self_attn") -> tuple[Rule, ...]:
     """Separate q, k, v and output projections, with q and k norms where the family has them."""
     pairs = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "out", "q_norm": "q_norm", "k_norm": "k_norm"}
-    return tuple(r for file, part in pairs.items() for r in linear(f"{prefix}.{file}", f"layers.{{i}}.attention.{part}"))
+    return tuple(
+        r for file, part in pairs.items() for r in linear(f"{prefix}.{file}", f"layers.{{i}}.attention.{part}")
+    )
 
 
 def mlp_rules(prefix: str = "model.layers.{i}.mlp") -> tuple[Rule, ...]:

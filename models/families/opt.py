@@ -72,12 +72,14 @@ def _rules(config: DecoderConfig) -> tuple[Rule, ...]:
         rule("lm_head.weight", f"{unembed}.weight", duplicate=config.tie_embeddings),
         *linear(f"{file}.self_attn_layer_norm", f"{layer}.attention_norm"),
         *linear(f"{file}.final_layer_norm", f"{layer}.mlp_norm"),
-        *(r for name, part in attention.items() for r in linear(f"{file}.self_attn.{name}", f"{layer}.attention.{part}")),
+        *(
+            r
+            for name, part in attention.items()
+            for r in linear(f"{file}.self_attn.{name}", f"{layer}.attention.{part}")
+        ),
         *linear(f"{file}.fc1", f"{layer}.mlp.up"),
         *linear(f"{file}.fc2", f"{layer}.mlp.down"),
     )
 
 
-OPT = Family(
-    "opt", ("opt",), "OPTForCausalLM", _from_hf, _to_hf, _rules, renames=((r"^decoder\.", "model.decoder."),)
-)
+OPT = Family("opt", ("opt",), "OPTForCausalLM", _from_hf, _to_hf, _rules, renames=((r"^decoder\.", "model.decoder."),))

@@ -39,7 +39,9 @@ def check_layer_types(hf: HFConfig, config: DecoderConfig) -> DecoderConfig:
     stated = hf.optional("layer_types")
     implied = layer_types(config)
     if stated is not None and stated != implied:
-        raise ModelError(f"{hf.family}: layer_types={stated} is not supported with the other settings, which imply {implied}")
+        raise ModelError(
+            f"{hf.family}: layer_types={stated} is not supported with the other settings, which imply {implied}"
+        )
     return config
 
 
@@ -104,7 +106,9 @@ def _moe_rules(config: DecoderConfig) -> tuple[Rule, ...]:
         rule(f"model.layers.{{i}}.mlp.experts.{{e}}.{part}_proj.weight", f"layers.{{i}}.mlp.{part}.weight")
         for part in ("gate", "up", "down")
     )
-    sparse = _for_layers(config, sparse=True, rules=(rule("model.layers.{i}.mlp.gate.weight", "layers.{i}.mlp.router.weight"), *experts))
+    sparse = _for_layers(
+        config, sparse=True, rules=(rule("model.layers.{i}.mlp.gate.weight", "layers.{i}.mlp.router.weight"), *experts)
+    )
     dense = _for_layers(config, sparse=False, rules=mlp_rules())
     return (*outer_rules(config), *norm_rules(), *attention_rules(), *sparse, *dense)
 
@@ -122,5 +126,11 @@ def _for_layers(config: DecoderConfig, *, sparse: bool, rules: tuple[Rule, ...])
 QWEN2 = Family("qwen2", ("qwen2",), "Qwen2ForCausalLM", _qwen2_from_hf, _qwen2_to_hf, rules, ignored=OLD_BUFFERS)
 QWEN3 = Family("qwen3", ("qwen3",), "Qwen3ForCausalLM", _qwen3_from_hf, _qwen3_to_hf, rules, ignored=OLD_BUFFERS)
 QWEN3_MOE = Family(
-    "qwen3_moe", ("qwen3_moe",), "Qwen3MoeForCausalLM", _qwen3_moe_from_hf, _qwen3_moe_to_hf, _moe_rules, ignored=OLD_BUFFERS
+    "qwen3_moe",
+    ("qwen3_moe",),
+    "Qwen3MoeForCausalLM",
+    _qwen3_moe_from_hf,
+    _qwen3_moe_to_hf,
+    _moe_rules,
+    ignored=OLD_BUFFERS,
 )

@@ -34,7 +34,10 @@ def rope_from_parameters(parameters: Mapping[str, Any], *, family: str, context:
         name := read.optional("rope_type") or read.optional("type") or "default", name
     )
     read.optional("type")
-    shared = {"theta": float(read.take("rope_theta", 10_000.0)), "fraction": float(read.take("partial_rotary_factor", 1.0))}
+    shared = {
+        "theta": float(read.take("rope_theta", 10_000.0)),
+        "fraction": float(read.take("partial_rotary_factor", 1.0)),
+    }
     original = int(read.take("original_max_position_embeddings", context))
     match kind:
         case "default":
@@ -61,7 +64,9 @@ def rope_from_parameters(parameters: Mapping[str, Any], *, family: str, context:
                 beta_fast=float(read.take("beta_fast", 32)),
                 beta_slow=float(read.take("beta_slow", 1)),
                 original_context=original,
-                attention_factor=float(read.take("attention_factor", 1.0 if factor <= 1 else 0.1 * math.log(factor) + 1)),
+                attention_factor=float(
+                    read.take("attention_factor", 1.0 if factor <= 1 else 0.1 * math.log(factor) + 1)
+                ),
             )
         case "longrope":
             factor = float(read.take("factor", context / original))

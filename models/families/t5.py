@@ -15,12 +15,15 @@ def _from_hf(hf: HFConfig) -> EncoderDecoderConfig:
     kind = projection.removeprefix("gated-")
     gated = projection != kind
     if kind not in _ACTIVATIONS or (kind == "gelu" and not gated):
-        raise ModelError(f"t5: feed_forward_proj={projection!r} is not supported; supported: relu, gated-gelu, gated-silu")
+        raise ModelError(
+            f"t5: feed_forward_proj={projection!r} is not supported; supported: relu, gated-gelu, gated-silu"
+        )
     hf.expect("is_encoder_decoder", True)
     for derived in ("is_gated_act", "dense_act_fn", "output_past"):
         hf.optional(derived)
     layers = hf.take("num_layers", 6)
-    # transformers 5 says here whether logits are scaled, and always says that embeddings are tied; before, one key said both.
+    # transformers 5 says here whether logits are scaled, and always says that embeddings are tied; before, one key said
+    # both.
     scaled = hf.take("scale_decoder_outputs", hf.take("tie_word_embeddings", True))
     return EncoderDecoderConfig(
         family=hf.family,

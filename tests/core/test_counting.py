@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from meshloom.core.counting import count_flops
+from meshloom.core.topology import make_mesh
 from meshloom.models.config import DecoderConfig
 from meshloom.models.decoder import Decoder
 
@@ -47,14 +49,44 @@ def test_a_loop_with_unknown_trips_is_counted_once_and_reported():
     assert (count.flops, count.unknown_loops) == (2 * 4**3, 1)
 
 
+def test_custom_derivatives_are_seen_through():
+    plain = jnp.matmul
+    with_vjp = jax.custom_vjp(plain)
+    with_vjp.defvjp(lambda a, b: (a @ b, (a, b)), lambda saved, g: (g @ saved[1].T, saved[0].T @ g))
+    with_jvp = jax.custom_jvp(plain)
+    with_jvp.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
+    for product in (with_vjp, with_jvp):
+        assert count_flops(product, abstract(4, 8), abstract(8, 8)).flops == 2 * 4 * 8 * 8
+        both = jax.grad(lambda a, b, product=product: jnp.sin(product(a, b)).sum(), argnums=(0, 1))
+        assert count_flops(both, abstract(4, 8), abstract(8, 8)).flops == 3 * 2 * 4 * 8 * 8
+
+
+def test_a_mapped_body_counts_once_per_shard():
+    mesh = make_mesh("data=4,tensor=2")
+    a, b = abstract(16, 8), abstract(8, 4)
+    rows = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"), axis_names={"data"})
+    assert count_flops(rows, a, b).flops == 2 * 16 * 8 * 4
+
+    def product(a, b):
+        return jax.lax.psum(a @ b, "tensor")
+
+    specs = {"in_specs": (P("data", "tensor"), P("tensor")), "out_specs": P("data")}
+    assert count_flops(jax.shard_map(product, mesh=mesh, **specs), a, b).flops == 2 * 16 * 8 * 4
+    # What every shard does is done that many times.
+    copies = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=P(), out_specs=P(), axis_names={"data"})
+    assert count_flops(copies, a, b).flops == 4 * 2 * 16 * 8 * 4
+
+
 def test_ragged_and_convolution_products():
     def ragged(x, w, sizes):
         return jax.lax.ragged_dot(x, w, sizes)
 
-    assert (
-        count_flops(ragged, abstract(6, 4), abstract(3, 4, 5), jax.ShapeDtypeStruct((3,), jnp.int32)).flops
-        == 2 * 6 * 4 * 5
-    )
+    arguments = (abstract(6, 4), abstract(3, 4, 5), jax.ShapeDtypeStruct((3,), jnp.int32))
+    once = 2 * 6 * 4 * 5
+    assert count_flops(ragged, *arguments).flops == once
+    # The rows of a weight's gradient are dealt out to the groups, not repeated for each.
+    pullback = jax.grad(lambda *arguments: jnp.sin(ragged(*arguments)).sum(), argnums=(0, 1))
+    assert count_flops(pullback, *arguments).flops == 3 * once
 
     def convolve(x, w):
         return jax.lax.conv(x, w, (1, 1), "VALID")

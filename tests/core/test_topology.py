@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from meshloom.core.errors import ConfigError, ShardingError
-from meshloom.core.topology import make_mesh, parse_devices, simulate_cpu_devices, use_devices
+from meshloom.core.topology import abstract_mesh, make_mesh, parse_devices, simulate_cpu_devices, use_devices
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,8 @@ from meshloom.core.topology import make_mesh, parse_devices, simulate_cpu_device
         ("v5e:4x4", "v5e", 16),
         ("2xv5e:16x16", "v5e", 512),
         ("h100:16x8", "h100", 128),
+        ("v5p:2x2x1", "v5p", 4),
+        ("tpu7x:2x2x1", "tpu7x", 8),  # two devices per chip
     ],
 )
 def test_device_strings(text, platform, count):
@@ -37,6 +39,14 @@ def test_mesh_axes_keep_one_order_and_fill_the_rest():
     mesh = make_mesh("tensor=2,fsdp=-1")
     assert dict(mesh.shape) == {"fsdp": 4, "tensor": 2}
     assert mesh.axis_names == ("fsdp", "tensor")
+
+
+def test_a_mesh_for_devices_that_do_not_exist_has_the_same_axes_and_errors():
+    mesh = abstract_mesh({"tensor": 8, "fsdp": -1}, 128)
+    assert dict(mesh.shape) == {"fsdp": 16, "tensor": 8}
+    assert mesh.axis_names == ("fsdp", "tensor")
+    with pytest.raises(ShardingError, match="needs 64 devices; there are 128"):
+        abstract_mesh("fsdp=64", 128)
 
 
 @pytest.mark.parametrize(

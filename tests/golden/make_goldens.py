@@ -6,8 +6,8 @@
     oracle/bin/python tests/golden/make_goldens.py --smollm2 FILE.gguf
     oracle/bin/python tests/golden/make_goldens.py --check FOLDER --logits FILE.npz
 
-`--check` opens a folder that Meshloom saved, and compares with the logits which Meshloom gave (arrays `tokens`, `logits`, and
-`decoder_tokens` of an encoder-decoder).
+`--check` opens a folder that Meshloom saved, and compares with the logits which Meshloom gave (arrays `tokens`,
+`logits`, and `decoder_tokens` of an encoder-decoder).
 """
 
 import argparse
@@ -47,7 +47,15 @@ LONGROPE = {
     "short_factor": [1.0, 1.1, 1.2, 1.3],
     "long_factor": [1.5, 2.0, 3.0, 4.0],
 }
-GPT = {"vocab_size": 131, "n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+GPT = {
+    "vocab_size": 131,
+    "n_embd": 48,
+    "n_layer": 3,
+    "n_head": 6,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 NEOX = {key: value for key, value in COMMON.items() if key != "num_key_value_heads"}
 OPT = {
     "vocab_size": 131,
@@ -76,7 +84,10 @@ CASES: dict[str, tuple[str, dict]] = {
     "llama-tied": ("llama", COMMON | {"tie_word_embeddings": True, "head_dim": 16, "num_key_value_heads": 6}),
     "llama-bias": ("llama", COMMON | {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 3}),
     "llama3-rope": ("llama", COMMON | {"rope_parameters": LLAMA3_ROPE}),
-    "llama-linear-rope": ("llama", COMMON | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+    "llama-linear-rope": (
+        "llama",
+        COMMON | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    ),
     "llama-yarn-rope": ("llama", COMMON | {"rope_parameters": YARN}),
     "mistral": ("mistral", COMMON | {"sliding_window": 8}),
     "mistral-tied-global": ("mistral", COMMON | {"sliding_window": None, "tie_word_embeddings": True}),
@@ -90,7 +101,8 @@ CASES: dict[str, tuple[str, dict]] = {
     "qwen3-moe": ("qwen3_moe", QWEN_MOE | {"norm_topk_prob": True}),
     "qwen3-moe-mixed": (
         "qwen3_moe",
-        QWEN_MOE | {"norm_topk_prob": False, "mlp_only_layers": [1], "tie_word_embeddings": True, "attention_bias": True},
+        QWEN_MOE
+        | {"norm_topk_prob": False, "mlp_only_layers": [1], "tie_word_embeddings": True, "attention_bias": True},
     ),
     "mixtral": ("mixtral", COMMON | {"num_local_experts": 5, "num_experts_per_tok": 2}),
     "mixtral-window": ("mixtral", COMMON | {"num_local_experts": 4, "sliding_window": 8, "tie_word_embeddings": True}),
@@ -126,13 +138,174 @@ CASES: dict[str, tuple[str, dict]] = {
     "neox": ("gpt_neox", NEOX | {"rotary_pct": 0.25, "num_attention_heads": 3}),
     "neox-sequential-tied": (
         "gpt_neox",
-        NEOX | {"rotary_pct": 0.5, "use_parallel_residual": False, "tie_word_embeddings": True, "attention_bias": False},
+        NEOX
+        | {"rotary_pct": 0.5, "use_parallel_residual": False, "tie_word_embeddings": True, "attention_bias": False},
     ),
     "opt": ("opt", OPT),
     "opt-untied": ("opt", OPT | {"tie_word_embeddings": False, "activation_function": "gelu"}),
     "t5": ("t5", T5),
     "t5-gated-untied": ("t5", T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
 }
+
+
+def gguf_case(architecture: str, **metadata) -> dict:
+    common = {
+        "block_count": 2,
+        "context_length": 64,
+        "embedding_length": 64,
+        "feed_forward_length": 96,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "rope.freq_base": 10000.0,
+        "vocab_size": 131,
+    }
+    named = {f"{architecture}.{key}": value for key, value in (common | metadata).items() if value is not None}
+    ends = {"tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.padding_token_id": 0}  # or transformers' own, beyond 131
+    return {"general.architecture": architecture, **named, **ends}
+
+
+def gguf_layer(heads: int, kv_heads: int, head_dim: int, kinds: tuple[str, ...], extra: dict | None = None) -> dict:
+    """Tensors of a layer with separate projections, in different quantizations."""
+    q, kv = heads * head_dim, kv_heads * head_dim
+    shapes = {
+        "attn_q": (q, 64),
+        "attn_k": (kv, 64),
+        "attn_v": (kv, 64),
+        "attn_output": (64, q),
+        "ffn_gate": (96, 64),
+        "ffn_up": (96, 64),
+        "ffn_down": (64, 96),
+    }
+    layer = {f"{name}.weight": [kinds[i % len(kinds)], shape] for i, (name, shape) in enumerate(shapes.items())}
+    norms = {f"{name}.weight": ["F32", (64,)] for name in ("attn_norm", "ffn_norm")}
+    return layer | norms | (extra or {})
+
+
+def gguf_model(layer: dict, layers: int, **outer) -> dict[str, list]:
+    tensors = {"token_embd.weight": ["F16", (131, 64)], "output_norm.weight": ["F32", (64,)]}
+    tensors |= {f"{name.replace('__', '.')}": value for name, value in outer.items()}
+    return tensors | {f"blk.{i}.{name}": value for i in range(layers) for name, value in layer.items()}
+
+
+ROUND = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16", "F32")
+OUTPUT = {"output__weight": ["Q8_0", (131, 64)]}
+BIASES = {f"attn_{name}.bias": ["F32", (size,)] for name, size in (("q", 64), ("k", 32), ("v", 32))}
+QK_NORMS = {f"attn_{name}_norm.weight": ["F32", (16,)] for name in "qk"}
+GEMMA_NORMS = {f"{name}.weight": ["F32", (64,)] for name in ("post_attention_norm", "post_ffw_norm")}
+FUSED = {
+    name: value
+    for name, value in gguf_layer(4, 2, 16, ("Q8_0",)).items()
+    if name.split(".")[0] not in ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up")
+}
+# transformers takes the query scale (256), Qwen3's head size (128), soft caps (50, 30) and expert width (768) from its
+# own defaults, not from the file.
+GEMMA_META = {
+    "attention.key_length": 256,
+    "attention.head_count": 2,
+    "attention.head_count_kv": 1,
+    "attention.sliding_window": 8,
+    "attention.layer_norm_rms_epsilon": 1e-6,
+}
+CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+EXPERTS = {
+    "ffn_gate_inp.weight": ["F32", (4, 64)],
+    "ffn_gate_exps.weight": ["Q4_0", (4, 768, 64)],
+    "ffn_up_exps.weight": ["Q5_0", (4, 768, 64)],
+    "ffn_down_exps.weight": ["Q8_0", (4, 64, 768)],
+}
+GPT2_BIASES = {
+    f"{name}.bias": ["F32", (size,)]
+    for name, size in {
+        "attn_norm": 64,
+        "ffn_norm": 64,
+        "attn_qkv": 192,
+        "attn_output": 64,
+        "ffn_up": 256,
+        "ffn_down": 64,
+    }.items()
+}
+
+GGUF_CASES: dict[str, tuple[dict, dict[str, list]]] = {
+    "llama": (
+        gguf_case("llama", **{"rope.dimension_count": 16}),
+        gguf_model(gguf_layer(4, 2, 16, ROUND), 2, **OUTPUT),
+    ),
+    "llama-tied": (
+        gguf_case("llama", **{"rope.dimension_count": 16}),
+        gguf_model(gguf_layer(4, 2, 16, ("F32", "BF16", "F16")), 2),
+    ),
+    "qwen2": (gguf_case("qwen2"), gguf_model(gguf_layer(4, 2, 16, ROUND, BIASES), 2, **OUTPUT)),
+    "qwen3": (
+        gguf_case("qwen3", **{"attention.key_length": 128}),
+        gguf_model(gguf_layer(4, 2, 128, ROUND, {k: ["F32", (128,)] for k in QK_NORMS}), 2),
+    ),
+    "qwen3moe": (
+        gguf_case(
+            "qwen3moe",
+            expert_count=4,
+            expert_used_count=2,
+            expert_feed_forward_length=768,
+            **{"attention.key_length": 16},
+        ),
+        gguf_model(
+            {
+                k: v
+                for k, v in gguf_layer(4, 2, 16, ROUND, QK_NORMS).items()
+                if k.split(".")[0] not in ("ffn_gate", "ffn_up", "ffn_down")
+            }
+            | EXPERTS,
+            2,
+            **OUTPUT,
+        ),
+    ),
+    "phi3": (
+        gguf_case("phi3", **{"rope.dimension_count": 16}),
+        gguf_model(FUSED | {"attn_qkv.weight": ["Q8_0", (128, 64)], "ffn_up.weight": ["Q4_0", (192, 64)]}, 2, **OUTPUT),
+    ),
+    "gpt2": (
+        gguf_case(
+            "gpt2",
+            context_length=1024,
+            feed_forward_length=256,
+            **{"attention.layer_norm_epsilon": 1e-5, "attention.layer_norm_rms_epsilon": None, "rope.freq_base": None},
+            **{"attention.head_count_kv": 4},
+        )
+        | {"tokenizer.ggml.tokens": [str(i) for i in range(131)]},
+        gguf_model(
+            FUSED
+            | {
+                "attn_qkv.weight": ["Q8_0", (192, 64)],
+                "ffn_up.weight": ["Q4_0", (256, 64)],
+                "ffn_down.weight": ["Q8_0", (64, 256)],
+            }
+            | GPT2_BIASES,
+            2,
+            position_embd__weight=["F32", (1024, 64)],
+            output_norm__bias=["F32", (64,)],
+        ),
+    ),
+    "gemma2": (gguf_case("gemma2", **GEMMA_META, **CAPS), gguf_model(gguf_layer(2, 1, 256, ("Q8_0",), GEMMA_NORMS), 2)),
+    "gemma3": (
+        gguf_case("gemma3", **GEMMA_META | {"block_count": 7, "rope.freq_base": 1e6}),
+        gguf_model(gguf_layer(2, 1, 256, ("Q8_0",), GEMMA_NORMS | {k: ["F32", (256,)] for k in QK_NORMS}), 7),
+    ),
+}
+
+
+def make_gguf_case(name: str, metadata: dict, tensors: dict[str, list]) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        recipe.write_gguf(pathlib.Path(temporary) / "model.gguf", metadata, tensors)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            temporary, gguf_file="model.gguf", dtype=torch.float32
+        )
+        tokens = tokens_of(1)
+        logits = logits_of(model.eval(), tokens, None)
+    target = recipe.FOLDER / "gguf"
+    np.savez_compressed(target / f"{name}.npz", tokens=tokens, logits=logits)
+    text = json.dumps({"metadata": metadata, "tensors": tensors}, indent=1)
+    (target / f"{name}.json").write_text(text + "\n")
+    print(f"gguf {name}: {len(tensors)} tensors, largest logit {np.abs(logits).max():.2f}")
 
 
 def tokens_of(seed: int, length: int = 24) -> np.ndarray:
@@ -142,7 +315,9 @@ def tokens_of(seed: int, length: int = 24) -> np.ndarray:
 def open_folder(folder: pathlib.Path):
     config = transformers.AutoConfig.from_pretrained(folder)
     kind = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
-    model, info = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
+    model, info = kind.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
     wrong = {key: value for key, value in info.items() if value}
     if wrong:
         raise SystemExit(f"transformers does not take {folder} as it is: {wrong}")
@@ -264,3 +439,6 @@ if __name__ == "__main__":
         for name, (model_type, config) in CASES.items():
             if options.only in name:
                 make_case(name, model_type, config)
+        for name, (metadata, tensors) in GGUF_CASES.items():
+            if options.only in f"gguf-{name}":
+                make_gguf_case(name, metadata, tensors)

@@ -8,6 +8,9 @@ import pathlib
 import zlib
 
 import numpy as np
+from gguf import GGUFWriter
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import quantize
 from safetensors.numpy import save_file
 
 FOLDER = pathlib.Path(__file__).parent
@@ -27,3 +30,25 @@ def write_checkpoint(folder: pathlib.Path, config: dict, tensors: dict[str, list
     (folder / "config.json").write_text(json.dumps(config))
     weights = {name: weight(name, tuple(shape)) for name, shape in tensors.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_gguf(file: pathlib.Path, metadata: dict, tensors: dict[str, list]) -> None:
+    """A GGUF file of this metadata; each tensor is `[quantization, shape]`, filled by the recipe."""
+    writer = GGUFWriter(file, metadata["general.architecture"])
+    add = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        list: writer.add_array,
+    }
+    for key, value in metadata.items():
+        if key != "general.architecture":
+            add[type(value)](key, value)
+    for name, (kind, shape) in tensors.items():
+        quantization = GGMLQuantizationType[kind]
+        writer.add_tensor(name, quantize(weight(name, tuple(shape)), quantization), raw_dtype=quantization)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -13,11 +13,14 @@ import meshloom.models as models
 from meshloom.models.encoder_decoder import EncoderDecoder
 from meshloom.pallas_kernels import Ragged
 
-TOLERANCE = 2e-4  # logits are about 4, float32 resolves 4e-7 of that: room for sums in another order, none for a wrong formula
+TOLERANCE = (
+    2e-4  # logits are about 4, float32 resolves 4e-7 of that: room for sums in another order, none for a wrong formula
+)
 
 PAGE = 4
 ROWS = 16
-# Rows that the two sequences bring to each step: ragged chunks of the prompts, then one by one, at last the longer one alone.
+# Rows that the two sequences bring to each step: ragged chunks of the prompts, then one by one, at last the longer one
+# alone.
 STEPS = [(9, 5), (1, 11), *[(1, 1)] * 4]
 
 
@@ -61,7 +64,8 @@ def stepwise_logits(module, tokens: np.ndarray, memory) -> np.ndarray:
     return np.stack([np.concatenate(each) for each in found])
 
 
-# Scanned layers differ from unrolled ones in how weights and pages are stacked, not by variant: one case of each pattern will do.
+# Scanned layers differ from unrolled ones in how weights and pages are stacked, not by variant: one case of each
+# pattern will do.
 SCANNED = ["llama", "gemma3", "qwen3-moe-mixed", "gpt2", "neox", "phi3", "mixtral", "t5"]
 CASES = [*((name, False) for name in NAMES), *((name, True) for name in SCANNED)]
 

@@ -12,7 +12,12 @@ from meshloom.core.errors import ModelError, RequestError
 from meshloom.models.gguf_tokenizer import read_gguf_tokenizer
 from meshloom.models.tokenizer import IncrementalDecoder, Tokenizer, train_byte_bpe
 
-TEXTS = ["naïve café — 東京タワー 🗼🇯🇵 Ωmega", "the theme of the thing", "def f(x):\n    return x\n", "👩‍👩‍👧 family"] * 3
+TEXTS = [
+    "naïve café — 東京タワー 🗼🇯🇵 Ωmega",
+    "the theme of the thing",
+    "def f(x):\n    return x\n",
+    "👩‍👩‍👧 family",
+] * 3
 BYTE_LEVEL = train_byte_bpe(TEXTS, 300)
 
 

@@ -70,10 +70,14 @@ def test_truncated_tensors_are_named_with_both_sizes(tmp_path):
     file = tmp_path / "model.safetensors"
     size = file.stat().st_size
     os.truncate(file, size - 100)
-    with pytest.raises(CheckpointError, match=rf"truncated tensor: \S+ ends at byte {size} of \S+, which has {size - 100}"):
+    with pytest.raises(
+        CheckpointError, match=rf"truncated tensor: \S+ ends at byte {size} of \S+, which has {size - 100}"
+    ):
         models.load(tmp_path)
     os.truncate(file, 40)
-    with pytest.raises(CheckpointError, match=r"truncated file: model.safetensors has 40 bytes, its header alone needs"):
+    with pytest.raises(
+        CheckpointError, match=r"truncated file: model.safetensors has 40 bytes, its header alone needs"
+    ):
         models.load(tmp_path)
 
 
@@ -93,7 +97,11 @@ def test_shards_load_and_a_missing_one_is_named_with_what_it_held(tmp_path):
     assert all(shard.stat().st_size < 62_000 for shard in shards)
     np.testing.assert_allclose(models.load(tmp_path).logits(golden.tokens), golden.logits, rtol=0, atol=2e-4)
     shards[1].unlink()
-    held = [name for name, file in json.loads((tmp_path / INDEX).read_text())["weight_map"].items() if file == shards[1].name]
+    held = [
+        name
+        for name, file in json.loads((tmp_path / INDEX).read_text())["weight_map"].items()
+        if file == shards[1].name
+    ]
     with pytest.raises(CheckpointError, match="missing shard") as caught:
         models.load(tmp_path)
     assert all(name in str(caught.value) for name in held)
@@ -170,7 +178,9 @@ def test_weights_go_straight_to_their_shards(tmp_path, scan):
 
     lm = models.load(golden.write(tmp_path), placement=placement, scan_layers=scan)
     assert lm.mesh == mesh
-    (gate,) = [leaf for path, leaf in nnx.to_flat_state(nnx.state(lm.module)) if path[-4:] == (0, "mlp", "gate", "weight")]
+    (gate,) = [
+        leaf for path, leaf in nnx.to_flat_state(nnx.state(lm.module)) if path[-4:] == (0, "mlp", "gate", "weight")
+    ]
     stack = (3,) if scan else ()
     assert gate.get_value().addressable_shards[0].data.shape == (*stack, 3, 40, 12)
     np.testing.assert_allclose(lm.logits(golden.tokens), golden.logits, rtol=0, atol=2e-4)
@@ -181,7 +191,9 @@ def test_writing_one_expert_into_split_experts_moves_no_other(tmp_path):
     array = jax.device_put(jnp.zeros((3, 8, 16, 32)), NamedSharding(mesh, PartitionSpec(None, "expert", "fsdp")))
     piece = jax.device_put(jnp.ones((16, 32)), NamedSharding(mesh, PartitionSpec("fsdp")))
     compiled = weights._write.lower(array, piece, (jnp.int32(1), jnp.int32(5))).compile()
-    assert not [op for op in ("all-gather", "all-reduce", "collective-permute", "all-to-all") if op in compiled.as_text()]
+    assert not [
+        op for op in ("all-gather", "all-reduce", "collective-permute", "all-to-all") if op in compiled.as_text()
+    ]
     # In place: what comes out is what went in, and nothing of the array's size lies beside it.
     assert compiled.memory_analysis().alias_size_in_bytes == 3 * 2 * 8 * 32 * 4
     assert compiled.memory_analysis().temp_size_in_bytes < 1024
@@ -223,7 +235,9 @@ def test_loading_holds_one_tensor_beyond_the_weights(large_checkpoint, kind, cap
     measured = json.loads(result.stdout.splitlines()[-1])
     beyond = measured["peak"] - measured["weights"]
     with capsys.disabled():
-        print(f"\nloading {measured['weights'] / 2**20:.0f} MiB {kind}: {beyond / largest:.2f} x the largest tensor beyond them")
+        print(
+            f"\nloading {measured['weights'] / 2**20:.0f} MiB {kind}: {beyond / largest:.2f} x the largest tensor beyond them"
+        )
     assert measured["weights"] > 440 * 2**20
     assert beyond <= 1.2 * largest
 
@@ -246,7 +260,14 @@ def test_a_saved_folder_holds_what_transformers_wrote(name, scan, tmp_path):
     family = family_of(config)
     assert family.read_config(config) == family.read_config(golden.config)
     # All other keys agree with transformers' own where it gives a value; these have two spellings, or no effect here.
-    spelt = {"rope_parameters", "activation_function", "hidden_act", "sliding_window", "max_window_layers", "tie_word_embeddings"}
+    spelt = {
+        "rope_parameters",
+        "activation_function",
+        "hidden_act",
+        "sliding_window",
+        "max_window_layers",
+        "tie_word_embeddings",
+    }
     without_effect = {"bos_token_id", "eos_token_id", "pad_token_id", "original_max_position_embeddings"}
     stated = {key for key in config.keys() & golden.config.keys() if golden.config[key] is not None}
     assert {key for key in stated if config[key] != golden.config[key]} <= spelt | without_effect

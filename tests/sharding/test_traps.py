@@ -135,6 +135,13 @@ def test_a_fused_qkv_in_blocks_is_never_split_across_the_boundary():
     }
 
 
+def test_a_fused_weight_is_told_apart_and_its_cuts_are_named():
+    layout = layout_of(lambda: FusedQKV("blocks"), HIDDEN, fsdp=2, tensor=4)
+    assert layout.row("qkv").roles == ("heads", "residual")
+    assert "not by the pair rule: the program cuts it open at 32, 64" in layout.row("qkv").choices[0].reason
+    assert "the other side of its pair cannot be split" in layout.row("o").choices[1].reason
+
+
 def test_a_fused_qkv_that_is_grouped_by_head_splits_like_heads():
     assert specs_of(lambda: FusedQKV("per_head"), HIDDEN, fsdp=2, tensor=4) == {
         "qkv": ("tensor", "fsdp"),

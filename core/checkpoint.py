@@ -1,203 +1,222 @@
-"""Checkpoints of a run: `folder/<step>/`, written by orbax in the background, complete or not there at all.
+"""Checkpoints of a run: written in the background, complete or not there at all, readable on any other mesh.
 
-A checkpoint is parts: trees of arrays, and "data", plain JSON. Arrays are stored by their path in the tree, so that any
-process with any mesh can read them back, or read one part only. A step is written to a folder with another name and
-renamed when it is complete; what a killed process left of one is removed by the next that writes.
-
-Knows no model: parts are trees of dicts, sequences and named tuples.
+A step lies in `folder/<step>/`, which appears by a rename when all of it is written; what a killed process leaves
+behind has another name, is never read, and is removed by the next one that saves. Arrays are kept by name, so neither
+the sharding nor the container they were saved from matters. Knows nothing of models or optimizers.
 """
 
+import contextlib
 import logging
-import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from types import TracebackType
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 
 from meshloom.core.errors import CheckpointError
 
+# The item that is JSON; all others are pytrees of arrays.
 DATA = "data"
 
-
-def names_of(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by the names they are stored under: the path, joined by dots."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def size_in_bytes(tree: Any) -> int:
-    """Bytes of all arrays of a tree, which may be abstract."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-class Checkpointer:
-    """Writes and reads the checkpoints under one folder, keeping the newest `keep`.
-
-    Reading changes nothing, so that a run can be read while another process trains it. One process may write.
-    """
-
-    def __init__(self, folder: str | pathlib.Path, keep: int = 2):
-        self._folder = pathlib.Path(folder).absolute()
-        self._keep = keep
-        self._writer: ocp.CheckpointManager | None = None
-        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every step of its work
-
-    def _open_writer(self) -> ocp.CheckpointManager:
-        if self._writer is None:
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=self._keep, cleanup_tmp_directories=True, save_root_metadata=False
-            )
-            self._writer = ocp.CheckpointManager(self._folder, options=options)
-        return self._writer
-
-    def steps(self) -> list[int]:
-        """Steps with a complete checkpoint, in order."""
-        if not self._folder.is_dir():
-            return []
-        # A step is renamed to its number when it is complete; until then its name has a suffix.
-        return sorted(int(each.name) for each in self._folder.iterdir() if each.name.isdecimal() and each.is_dir())
-
-    def latest_step(self) -> int | None:
-        """The newest complete checkpoint's step, or None."""
-        return max(self.steps(), default=None)
-
-    def save(self, step: int, parts: Mapping[str, Any], *, wait: bool = False) -> None:
-        """Writes a checkpoint; returns once the arrays are safe from the next step, which may donate them.
-
-        Args:
-            parts: trees of arrays by part name, and under "data" something that JSON can hold.
-            wait: until it is on disk.
-        Raises:
-            CheckpointError: this save, or the one before it in the background, failed.
-        """
-        arrays = {name: ocp.args.PyTreeSave(names_of(tree)) for name, tree in parts.items() if name != DATA}
-        data = {DATA: ocp.args.JsonSave({"value": parts[DATA]})} if DATA in parts else {}
-        try:
-            self._open_writer().save(step, args=ocp.args.Composite(**arrays, **data), force=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise self._failed_to_write(step, error) from error
-        if wait:
-            self.wait()
-
-    def wait(self) -> None:
-        """Waits until every save is on disk. Raises CheckpointError if one failed."""
-        if self._writer is None:
-            return
-        try:
-            self._writer.wait_until_finished()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise self._failed_to_write(None, error) from error
-
-    def close(self) -> None:
-        """Waits for saves in the background, whatever became of them, and lets go of the folder."""
-        if self._writer is not None:
-            writer, self._writer = self._writer, None
-            writer.close()
-
-    def restore(self, step: int, abstract: Mapping[str, Any]) -> dict[str, Any]:
-        """The parts of a checkpoint.
-
-        Args:
-            abstract: by part name, trees of `jax.ShapeDtypeStruct` whose `sharding` says where each array goes; the
-                mesh that wrote the checkpoint does not matter. "data" is returned in any case.
-        Raises:
-            CheckpointError: no such step, or arrays that are missing, too many or of another shape; all are named.
-        """
-        folder = self._folder / str(step)
-        if step not in self.steps():
-            raise CheckpointError(f"{self._folder} has no checkpoint of step {step}; it has {self.steps()}")
-        wanted = {name: names_of(tree) for name, tree in abstract.items() if name != DATA}
-        parts = {}
-        try:
-            with ocp.PyTreeCheckpointer() as reader:
-                saved = {name: reader.metadata(folder / name).item_metadata.tree for name in wanted}
-                _compare(folder, saved, wanted)
-                for name, leaves in wanted.items():
-                    places = ocp.checkpoint_utils.construct_restore_args(leaves)
-                    values = reader.restore(folder / name, args=ocp.args.PyTreeRestore(leaves, restore_args=places))
-                    in_order = [values[leaf] for leaf in leaves]
-                    parts[name] = jax.tree.unflatten(jax.tree.structure(abstract[name]), in_order)
-            if (folder / DATA).exists():
-                with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-                    parts[DATA] = reader.restore(folder / DATA)["value"]
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise CheckpointError(f"checkpoint {folder} cannot be read: {_first_line(error)}") from error
-        return parts
-
-    def restore_params(self, abstract: Any) -> Any:
-        """The part "params" of the newest checkpoint alone, placed by the shardings of `abstract`.
-
-        Raises:
-            CheckpointError: there is no complete checkpoint, or it does not fit; every difference is named.
-        """
-        step = self.latest_step()
-        if step is None:
-            raise CheckpointError(f"{self._folder} holds no complete checkpoint")
-        return self.restore(step, {"params": abstract})["params"]
-
-    def _failed_to_write(self, step: int | None, error: BaseException) -> CheckpointError:
-        which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
-        free = shutil.disk_usage(nearest_folder(self._folder)).free
-        return CheckpointError(
-            f"{which} could not be written to {self._folder} ({gigabytes(free)} free): {_first_line(error)}"
-        )
-
-
-def _compare(folder: pathlib.Path, saved: Mapping[str, Mapping[str, Any]], wanted: Mapping[str, Mapping[str, Any]]):
-    """Raises CheckpointError unless every part holds the wanted names with the wanted shapes, and no others."""
-    problems = []
-    for part, leaves in wanted.items():
-        shapes = {name: tuple(array.shape) for name, array in saved[part].items()}
-        problems += [f"{part}: {name} is missing" for name in leaves.keys() - shapes.keys()]
-        problems += [f"{part}: {name} is not in the model" for name in shapes.keys() - leaves.keys()]
-        for name in leaves.keys() & shapes.keys():
-            if shapes[name] != tuple(leaves[name].shape):
-                problems.append(f"{part}: {name} is {shapes[name]}, expected {tuple(leaves[name].shape)}")
-    if problems:
-        shown = "; ".join(sorted(problems)[:12])
-        more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
-        raise CheckpointError(f"checkpoint {folder} does not fit: {shown}{more}")
+# A line per file and thread; what a person should know is printed by the loop. Their errors reach us as exceptions.
+absl_logging.set_verbosity(absl_logging.ERROR)
+logging.getLogger("orbax").setLevel(logging.ERROR)
 
 
 def check_writable(folder: str | pathlib.Path, needed_bytes: int) -> None:
-    """Makes sure that `needed_bytes` can be written under `folder`, which need not exist; leaves nothing behind.
+    """Makes `folder` and proves that files can be written to it, with room for `needed_bytes`.
 
     Raises:
-        CheckpointError: a file stands in the way, the folder cannot be written, or its disk has less room; names both.
+        CheckpointError: it cannot be made or written, or the disk has less room; names both sizes.
     """
-    folder = pathlib.Path(folder).absolute()
-    above = nearest_folder(folder)
-    if above.exists() and not above.is_dir():
-        raise CheckpointError(f"{folder} cannot be a folder: {above} is a file")
+    folder = pathlib.Path(folder)
     try:
-        with tempfile.NamedTemporaryFile(dir=above) as probe:
-            probe.write(b"\0")
-            probe.flush()
-            os.fsync(probe.fileno())
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"0" * 4096)
     except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written: {error.strerror} ({above})") from error
-    free = shutil.disk_usage(above).free
+        raise CheckpointError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
+    free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise CheckpointError(
-            f"{folder} needs room for {gigabytes(needed_bytes)}, and its disk has {gigabytes(free)} free"
+            f"the disk of {folder} has {_gib(free)} free, but checkpoints need {_gib(needed_bytes)}; "
+            "free some, choose another folder, or keep fewer checkpoints"
         )
 
 
-def nearest_folder(path: pathlib.Path) -> pathlib.Path:
-    """The path itself, or the nearest one above it that exists."""
-    return next(each for each in (path, *path.parents) if each.exists() or each == each.parent)
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays of a pytree, abstract or not, counted once however many devices hold them."""
+    return sum(int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
-def gigabytes(count: int) -> str:
-    """Bytes for people: decimal units, three digits."""
-    unit, size = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if count >= s), ("bytes", 1))
-    return f"{count / size:.3g} {unit}"
+class Checkpointer:
+    """The checkpoints under one folder, which `save` makes; reading never writes.
+
+    Args:
+        keep: newest checkpoints kept; at least 1.
+    """
+
+    def __init__(self, folder: str | pathlib.Path, keep: int = 2):
+        if keep < 1:
+            raise CheckpointError(f"at least 1 checkpoint must be kept to go on from; got keep={keep}")
+        self.folder = pathlib.Path(folder).absolute()
+        self.keep = keep
+        self._writer: ocp.CheckpointManager | None = None
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def steps(self) -> list[int]:
+        """Steps that are complete, ascending."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.is_dir() and path.name.isdecimal())
+
+    def latest_step(self) -> int | None:
+        """The newest complete step, or None."""
+        return max(self.steps(), default=None)
+
+    def save(self, step: int, items: Mapping[str, Any], wait: bool = False) -> None:
+        """Starts to write a checkpoint; the arrays may be donated as soon as this returns.
+
+        Args:
+            items: pytrees of arrays by name ("params", "opt"), and under "data" a JSON value.
+            wait: return only when it is complete.
+        Raises:
+            CheckpointError: this save, or an earlier one in the background, failed.
+        """
+        with self._failures(f"checkpoint of step {step} could not be written to {self.folder}"):
+            if self._writer is None:
+                self._writer = ocp.CheckpointManager(self.folder, options=self._options())
+            # One at a time: a save must not start while an older one is deleted to make room for it.
+            self._writer.wait_until_finished()
+            arguments = {
+                name: ocp.args.JsonSave(value) if name == DATA else ocp.args.PyTreeSave(_by_name(_detached(value)))
+                for name, value in items.items()
+            }
+            self._writer.save(step, args=ocp.args.Composite(**arguments), force=True)
+            if wait:
+                self._writer.wait_until_finished()
+
+    def _options(self) -> ocp.CheckpointManagerOptions:
+        return ocp.CheckpointManagerOptions(
+            max_to_keep=self.keep, cleanup_tmp_directories=True, save_root_metadata=False
+        )
+
+    def wait(self) -> None:
+        """Returns when nothing is being written; raises CheckpointError if that failed."""
+        if self._writer is not None:
+            with self._failures(f"a checkpoint could not be written to {self.folder}"):
+                self._writer.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for what is being written and lets go of all threads."""
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            with self._failures(f"a checkpoint could not be written to {self.folder}"):
+                writer.close()
+
+    def restore(self, step: int, abstract: Mapping[str, Any]) -> dict[str, Any]:
+        """Reads items of a step.
+
+        Args:
+            abstract: for each item wanted, a pytree of `ShapeDtypeStruct`s with shardings, which says where arrays go
+                and in which dtype; for "data" anything.
+        Raises:
+            CheckpointError: the step or an item is not there, or holds other arrays; names every difference.
+        """
+        if step not in self.steps():
+            held = ", ".join(map(str, self.steps())) or "none"
+            raise CheckpointError(f"{self.folder} has no complete checkpoint of step {step}; there are: {held}")
+        if absent := sorted(name for name in abstract if not (self.folder / str(step) / name).is_dir()):
+            raise CheckpointError(f"the checkpoint {self.folder / str(step)} holds no {', '.join(absent)}")
+        options = ocp.CheckpointManagerOptions(
+            read_only=True, create=False, save_interval_steps=0, enable_async_checkpointing=False
+        )
+        with self._failures(f"checkpoint {self.folder / str(step)} could not be read"):
+            with contextlib.closing(ocp.CheckpointManager(self.folder, options=options)) as reader:
+                self._check(step, abstract)
+                wanted = {name: _restore_args(name, tree) for name, tree in abstract.items()}
+                found = reader.restore(step, args=ocp.args.Composite(**wanted))
+        return {name: found[name] if name == DATA else _like(tree, found[name]) for name, tree in abstract.items()}
+
+    def restore_params(self, abstract: Any, step: int | None = None) -> Any:
+        """Reads "params" alone, of the newest step by default; nothing else is touched. See `restore`."""
+        step = self.latest_step() if step is None else step
+        if step is None:
+            raise CheckpointError(f"{self.folder} holds no complete checkpoint")
+        return self.restore(step, {"params": abstract})["params"]
+
+    def _check(self, step: int, abstract: Mapping[str, Any]) -> None:
+        """Compares names and shapes with what is on disk: a later misfit would be a cryptic one."""
+        problems = []
+        for item, tree in abstract.items():
+            if item == DATA:
+                continue
+            handler = ocp.PyTreeCheckpointHandler()
+            held = {name: tuple(meta.shape) for name, meta in handler.metadata(self.folder / str(step) / item).tree.items()}
+            wanted = {name: tuple(leaf.shape) for name, leaf in _by_name(tree).items()}
+            problems += [f"{item}: missing {name}" for name in wanted.keys() - held.keys()]
+            problems += [f"{item}: unexpected {name}" for name in held.keys() - wanted.keys()]
+            problems += [
+                f"{item}: {name} is {held[name]}, expected {wanted[name]}"
+                for name in wanted.keys() & held.keys()
+                if wanted[name] != held[name]
+            ]
+        if problems:
+            raise CheckpointError(f"checkpoint {self.folder / str(step)} does not fit: {'; '.join(sorted(problems))}")
+
+    @contextlib.contextmanager
+    def _failures(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except Exception as error:  # orbax and tensorstore raise ValueError, OSError, RuntimeError and others
+            raise CheckpointError(f"{what}: {str(error).strip() or type(error).__name__}") from error
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__
+def _by_name(tree: Any) -> dict[str, Any]:
+    """Leaves by their path, joined with dots."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {".".join(_key(entry) for entry in path): leaf for path, leaf in leaves}
+
+
+def _key(entry: Any) -> str:
+    return str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry))))
+
+
+def _like(tree: Any, values: Mapping[str, Any]) -> Any:
+    return jax.tree.unflatten(jax.tree.structure(tree), [values[name] for name in _by_name(tree)])
+
+
+def _restore_args(name: str, tree: Any) -> Any:
+    if name == DATA:
+        return ocp.args.JsonRestore()
+    wanted = _by_name(tree)
+    return ocp.args.PyTreeRestore(item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted))
+
+
+def _detached(tree: Any) -> Any:
+    """The arrays, safe from donation: on a CPU a host copy is a view of the very memory that a donation overwrites."""
+    on_cpu = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array) and _is_on_cpu(leaf)]
+    return jax.block_until_ready(jax.tree.map(jax.numpy.copy, tree)) if on_cpu else tree
+
+
+def _is_on_cpu(array: jax.Array) -> bool:
+    return next(iter(array.sharding.device_set)).platform == "cpu"
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.3g} GiB"

@@ -1,115 +1,127 @@
-"""The record of a run: `metrics.jsonl`, one JSON object per line with its "step", and a picture of the loss.
+"""What a run reports: `metrics.jsonl` for machines, a progress bar for people, a plot at the end.
 
-A line is on disk when `write` returns. A run that goes on from step k first drops what was written after it, so that no
-step stands there twice and the file is that of a run that was never interrupted.
+One JSON object per line, flushed at once, so that a killed process loses nothing that it had reported. Standard output
+is left alone: people are told on standard error.
 """
 
 import json
-import math
 import os
 import pathlib
-from collections.abc import Sequence
-from types import TracebackType
-from typing import Any
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
 
-from meshloom.core.errors import CheckpointError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-
-def replace_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all: beside it first, then renamed over it."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+# Seconds between lines where no terminal shows a bar.
+PLAIN_INTERVAL = 5.0
 
 
 def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
-    """All complete lines of a `metrics.jsonl`, in order; a last line without its end (a killed process) is left out.
-
-    Raises:
-        CheckpointError: a complete line is no JSON object with a "step"; its number is named.
-    """
+    """The complete lines of a `metrics.jsonl`; a last line that a kill cut short is left out."""
     path = pathlib.Path(path)
     if not path.is_file():
         return []
-    records = []
-    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            records.append(record | {"step": int(record["step"])})
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f'{path}, line {number}: no JSON object with a "step": {line[:60]!r}') from error
-    return records
+    lines = path.read_text(encoding="utf-8").split("\n")
+    # What follows the last newline is unfinished, or nothing.
+    return [json.loads(line) for line in lines[:-1]]
 
 
-class MetricsLog:
+class MetricsFile:
     """Appends to `metrics.jsonl`.
 
-    Attributes:
-        records: what the file holds, from step 1 on.
+    Args:
+        after: last step that the run goes on from; lines of later steps will be written again and are removed.
     """
 
-    def __init__(self, path: str | pathlib.Path, *, resume_step: int = 0):
-        """Opens the file and drops its lines after `resume_step`."""
-        self._path = pathlib.Path(path)
-        self.records = [record for record in read_metrics(self._path) if record["step"] <= resume_step]
-        replace_text(self._path, "".join(map(_line, self.records)))
-        self._file = self._path.open("a", encoding="utf-8")
+    def __init__(self, path: str | pathlib.Path, *, after: int = 0):
+        self.path = pathlib.Path(path)
+        kept = [line for line in read_metrics(self.path) if line["step"] <= after]
+        partial = self.path.with_name(self.path.name + ".partial")
+        partial.write_text("".join(_line(each) for each in kept), encoding="utf-8")
+        os.replace(partial, self.path)
+        self._file: TextIO = self.path.open("a", encoding="utf-8")
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Appends a record; it is on disk afterwards. Floats are written so that reading gives the same bits."""
-        self.records.append(record)
-        self._file.write(_line(record))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> "MetricsLog":
+    def __enter__(self) -> "MetricsFile":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self.close()
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """One line; floats keep all their digits. `values` holds "step"."""
+        self._file.write(_line(values))
+        self._file.flush()
 
 
-def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record, allow_nan=False) + "\n"
+def _line(values: Mapping[str, Any]) -> str:
+    return json.dumps(values) + "\n"
 
 
-def plot_loss(records: Sequence[dict[str, Any]], path: str | pathlib.Path, title: str) -> None:
-    """Draws "loss", and "heldout_loss" where there is one, over the step, into a PNG. Nothing without records."""
-    if not records:
-        return
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.3 s, wanted once
+class ProgressReport:
+    """A bar on a terminal: loss, tokens/s, MFU, time left. Elsewhere a plain line every few seconds.
+
+    Args:
+        total: steps of the whole run. start: steps already done.
+    """
+
+    def __init__(self, console: Console, *, total: int, start: int = 0):
+        self._console, self._total, self._start = console, total, start
+        self._began = self._told = time.monotonic()
+        columns = [
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        ]
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._task = self._bar.add_task("train", total=total, completed=start, figures="")
+
+    def __enter__(self) -> "ProgressReport":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, step: int, *, loss: float, tokens_per_second: float, mfu: float | None) -> None:
+        """Reports that `step` steps are done."""
+        figures = f"loss {loss:.4f}  {tokens_per_second:,.0f} tok/s" + ("" if mfu is None else f"  MFU {mfu:.1%}")
+        self._bar.update(self._task, completed=step, figures=figures)
+        now = time.monotonic()
+        due = step in (self._start + 1, self._total) or now - self._told >= PLAIN_INTERVAL
+        if due and not self._console.is_terminal:
+            self._told = now
+            left = (now - self._began) / (step - self._start) * (self._total - step)
+            minutes, seconds = divmod(round(left), 60)
+            self._console.print(f"step {step}/{self._total}  {figures}  left {minutes}:{seconds:02d}", highlight=False)
+
+
+def plot_loss(metrics: list[dict[str, Any]], path: str | pathlib.Path, *, title: str) -> None:
+    """Draws loss over steps, and the learning rate beside it, as a PNG that appears complete.
+
+    Args:
+        metrics: lines with "step", "loss" (nats per token) and "learning_rate".
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.5 s that a run pays at its end
     from matplotlib.figure import Figure
 
-    steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
-    heldout = [(r["step"], r["heldout_loss"]) for r in records if "heldout_loss" in r]
+    path = pathlib.Path(path)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.plot(steps, losses, color="tab:blue", linewidth=0.8, alpha=0.35, label="loss of a step")
-    axes.plot(steps, smoothed(losses), color="tab:blue", linewidth=1.8, label="running mean")
-    if heldout:
-        axes.plot(*zip(*heldout, strict=True), "o-", color="tab:orange", markersize=4, label="held-out text")
-    axes.set(title=title, xlabel="step", ylabel="loss (nats per token)")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    partial = pathlib.Path(path).with_suffix(".partial")
-    figure.savefig(partial, dpi=120, format="png")
-    partial.replace(path)
-
-
-def smoothed(values: Sequence[float], share: float = 0.05) -> list[float]:
-    """Exponential mean whose memory is `share` of the series (at least 5 values), without a bias to the first."""
-    keep = 1 - 1 / max(5.0, share * len(values))
-    means, total, weight = [], 0.0, 0.0
-    for value in values:
-        total, weight = keep * total + value, keep * weight + 1
-        means.append(total / weight)
-    return means if all(map(math.isfinite, means)) else list(values)
+    steps = [line["step"] for line in metrics]
+    axes.plot(steps, [line["loss"] for line in metrics], color="tab:blue", linewidth=1.2, label="loss")
+    axes.set(title=title, xlabel="optimizer step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    rate = axes.twinx()
+    rate.plot(steps, [line["learning_rate"] for line in metrics], color="tab:gray", linewidth=0.8, label="learning rate")
+    rate.set(ylabel="learning rate", ylim=(0, None))
+    figure.legend(loc="outside upper right", ncols=2, frameon=False)
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, format="png", dpi=120)
+    os.replace(partial, path)

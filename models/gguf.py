@@ -140,7 +140,7 @@ class GGUFSource:
         return dequantize(raw.reshape(*tensor.shape[:-1], -1), tensor.kind)
 
     def plain_dtype(self) -> np.dtype:
-        """The widest plain dtype among weight matrices: float32 unless all are half precision (norms are always float32)."""
+        """The dtype of the weight matrices if all are of one half precision, else float32 (as norms always are)."""
         kinds = {tensor.kind for tensor in self._tensors.values() if len(tensor.shape) > 1}
         if kinds == {GGMLQuantizationType.BF16}:
             return _PLAIN[GGMLQuantizationType.BF16]

@@ -16,10 +16,12 @@ from meshloom.models.tokenizer import Tokenizer
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 
-# How text is cut before BPE merges, after llama.cpp's names. All but the last step of a list are isolated by a regular
-# expression.
+# How text is cut before BPE merges, after llama.cpp's names: what each regular expression matches is isolated, in turn.
 _GPT2_CUT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3_CUT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3_CUT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _DIGIT = r"\p{N}"
 _CUTS: dict[str, tuple[str, ...]] = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2_CUT, r"\p{N}+", r"[0-9][0-9][0-9]"),
@@ -133,7 +135,7 @@ def _sentencepiece(
 
 
 def _merges_by_score(tokens: Sequence[str], scores: Sequence[float], types: Sequence[int]) -> list[tuple[str, str]]:
-    """SentencePiece merges the pair whose result scores highest; the same as merges listed by the score of their result."""
+    """SentencePiece merges the pair whose result scores highest: the same as merges listed by that score."""
     score = {token: s for token, s, kind in zip(tokens, scores, types, strict=True) if kind in (1, _USER_DEFINED)}
     ranked = sorted(score, key=lambda token: -score[token])
     return [

@@ -1,5 +1,6 @@
 """Fresh weights for an abstract module, drawn where they will stay."""
 
+import functools
 from typing import Any
 
 import jax
@@ -15,9 +16,11 @@ def random_weights(module: nnx.Module, *, seed: int, shardings: Any = None) -> n
     graphdef, state = nnx.split(module)
     dtype = next(iter(nnx.to_flat_state(state)))[1].dtype
     kind: Any = type(module)
-    config = module.config
+    make = functools.partial(kind, module.config, param_dtype=dtype)
+    if shardings is None:
+        return make(rngs=nnx.Rngs(seed))  # one small program per shape; all in one takes ten times as long to compile
 
     def draw() -> Any:
-        return nnx.state(kind(config, rngs=nnx.Rngs(seed), param_dtype=dtype), nnx.Param)
+        return nnx.state(make(rngs=nnx.Rngs(seed)), nnx.Param)
 
     return nnx.merge(graphdef, jax.jit(draw, out_shardings=shardings)())

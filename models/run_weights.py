@@ -10,7 +10,7 @@ from meshloom.core.checkpoint import Checkpointer
 
 
 def read_run(folder: pathlib.Path, module: nnx.Module, shardings: Any = None) -> nnx.Module:
-    """A concrete copy of the abstract `module` with the parameters of the newest step under `folder`; optimizer state stays on disk.
+    """A concrete copy of the abstract `module` with the parameters of the newest step; optimizer state stays on disk.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or it does not fit the module.

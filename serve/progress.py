@@ -1,4 +1,4 @@
-"""One progress bar on the terminal's standard error; silent when that is not a terminal, so pipes and logs stay clean."""
+"""One progress bar on standard error; silent when that is not a terminal, so pipes and logs stay clean."""
 
 import contextlib
 from collections.abc import Callable, Iterator

@@ -23,7 +23,7 @@ GREEDY = Draw(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=0)
 class Sequence:
     """One request's tokens on their way through the cache.
 
-    `tokens` is the prompt and all that was generated; the first `computed` of them have their keys and values in `pages`.
+    `tokens` is the prompt and all that was generated; the first `computed` of them have keys and values in `pages`.
     Both are int32 buffers, which the runner copies without looking at the elements.
     """
 

@@ -43,8 +43,8 @@ def size_cache(model: DecoderConfig, engine: EngineConfig, dtype: jnp.dtype) -> 
         )
     if engine.max_model_len is not None and num_pages * page < wanted:
         raise ConfigError(
-            f"max_model_len={wanted} tokens do not fit a cache of {num_pages} pages x {page} tokens = {num_pages * page}: "
-            "raise kv_cache_memory or lower max_model_len"
+            f"max_model_len={wanted} tokens do not fit a cache of {num_pages} pages x {page} tokens = "
+            f"{num_pages * page}: raise kv_cache_memory or lower max_model_len"
         )
     length = min(wanted, num_pages * page)
     return CacheSize(num_pages, length, -(-length // page), bytes_per_page)

@@ -8,11 +8,16 @@ import subprocess
 import sys
 
 import pytest
+from flax import nnx
 
 from meshloom import cli, commands
 from meshloom.core.errors import ConfigError
+from meshloom.models.config import DecoderConfig
+from meshloom.models.decoder import Decoder
+from meshloom.models.language_model import LanguageModel
+from meshloom.models.tokenizer import train_byte_bpe
 
-GENERATE_A_LITTLE = ["generate", "tiny", "--prompt", "def ", "--max-tokens", "4", "--engine.buckets", "1", "8"]
+ONE_PROGRAM = ["--engine.max-num-seqs", "2", "--engine.buckets", "8"]
 
 
 def run(capsys, *arguments):
@@ -213,19 +218,29 @@ def test_plan_chooses_the_documented_mesh(model, devices, mesh):
     assert commands.default_axes(model, count) == mesh
 
 
-def test_convert_writes_a_folder_that_loads(tmp_path, capsys):
-    out = tmp_path / "tiny"
-    status, shown, _ = run(capsys, "convert", "tiny", str(out), "--dtype", "float32")
-    assert (status, shown) == (0, f"wrote tiny as float32 to {out}\n")
-    assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
+def test_convert_writes_a_folder_that_loads(model, tmp_path, capsys):
+    out = tmp_path / "converted"
+    status, shown, _ = run(capsys, "convert", model, str(out), "--dtype", "bfloat16")
+    assert (status, shown) == (0, f"wrote {model} as bfloat16 to {out}\n")
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
     status, shown, _ = run(capsys, "plan", str(out), "--devices", "cpu:2", "--json")
     assert status == 0
-    assert {row["dtype"] for row in json.loads(shown)["parameters"]} == {"float32"}
+    assert {row["dtype"] for row in json.loads(shown)["parameters"]} == {"bfloat16"}
 
 
-def test_chat_and_serve_say_that_they_have_no_json_form(capsys):
+def test_chat_says_that_it_has_no_json_form(capsys):
     assert "has no JSON form" in run(capsys, "chat", "tiny", "--json")[2]
-    assert "GET /v1/models" in run(capsys, "serve", "tiny", "--json")[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The folder of a model that compiles in a second or two."""
+    config = DecoderConfig(
+        vocab_size=300, d_model=16, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=8, d_ff=32, context=64
+    )
+    folder = tmp_path_factory.mktemp("model") / "small"
+    LanguageModel(Decoder(config, rngs=nnx.Rngs(0)), config, train_byte_bpe(["def f(x):"], 300)).save(folder)
+    return str(folder)
 
 
 @pytest.fixture
@@ -242,30 +257,20 @@ def program(tmp_path):
     return call
 
 
-def test_generate_prints_text_or_json_and_keeps_programs_for_the_next_start(program, tmp_path):
-    done = program(*GENERATE_A_LITTLE, "--json")
+def test_generate_prints_text_or_json_and_keeps_programs_for_the_next_start(model, program, tmp_path):
+    asked = ["generate", model, "--max-tokens", "4", *ONE_PROGRAM]
+    done = program(*asked, "--prompt", "f(x)", "--json")
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
-    assert answer["usage"] == {"prompt_tokens": len("def "), "completion_tokens": 4}
+    assert answer["usage"]["completion_tokens"] == 4
     assert answer["finish_reason"] == "length"
     assert any((tmp_path / "meshloom" / "xla").iterdir())
-    assert program(*GENERATE_A_LITTLE[:2], *GENERATE_A_LITTLE[4:], stdin="def ").stdout == answer["text"] + "\n"
+    assert program(*asked, stdin="f(x)").stdout == answer["text"] + "\n"
 
 
-def test_bench_serve_prints_the_promised_keys(program):
-    sizes = [
-        "--requests",
-        "2",
-        "--input-len",
-        "4",
-        "--output-len",
-        "3",
-        "--engine.max-num-seqs",
-        "2",
-        "--engine.buckets",
-        "8",
-    ]
-    done = program("bench", "serve", "--offline", "--model", "tiny", *sizes, "--json")
+def test_bench_serve_prints_the_promised_keys(model, program):
+    sizes = ["--requests", "2", "--input-len", "4", "--output-len", "3"]
+    done = program("bench", "serve", "--offline", "--model", model, *sizes, *ONE_PROGRAM, "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["output_tokens_per_second"] > 0

@@ -1,95 +1,91 @@
-"""What a training run is: `TrainConfig`, whose defaults train a small model on a laptop in minutes.
+"""What a training run is: one frozen configuration, whose defaults run on a laptop and whose fields are CLI flags.
 
-Imports neither JAX nor Flax, so that `meshloom train --help` is instant. Values are checked here as far as they can be
-without data, model or devices.
+Imports neither JAX nor Flax, so that `meshloom train --help` answers at once.
 """
 
 import dataclasses
+import math
 import pathlib
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from meshloom.core.config import to_dict
 from meshloom.core.errors import ConfigError
-
-# What may differ when a run goes on: none of it changes the data, the model or the update of any step.
-FREE_TO_CHANGE = frozenset({"run", "devices", "mesh", "checkpoint_every", "keep", "log_every", "heldout_batches"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelSizes:
-    """Sizes that replace those of a preset; None keeps the preset's.
+class ArchitectureConfig:
+    """Sizes of a Llama-style decoder to train from scratch; used when no model is named.
 
     Attributes:
         d_model: width of the residual stream, in elements.
-        n_layers: number of layers.
-        n_heads: number of query heads.
-        n_kv_heads: number of key/value heads; divides n_heads.
+        n_layers: depth, in layers.
+        n_heads: query heads per layer.
+        n_kv_heads: key and value heads per layer; divides n_heads.
         head_dim: elements per head.
-        d_ff: inner width of the MLP, in elements.
+        d_ff: inner width of the gated MLP, in elements.
+        tie_embeddings: unembed with the embedding table.
     """
 
-    d_model: int | None = None
-    n_layers: int | None = None
-    n_heads: int | None = None
-    n_kv_heads: int | None = None
-    head_dim: int | None = None
-    d_ff: int | None = None
+    d_model: int = 256
+    n_layers: int = 4
+    n_heads: int = 8
+    n_kv_heads: int = 4
+    head_dim: int = 32
+    d_ff: int = 768
+    tie_embeddings: bool = True
 
-    def given(self) -> dict[str, int]:
-        """The sizes that are not None."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+    def __post_init__(self):
+        for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"architecture.{name} must be at least 1; got {getattr(self, name)}")
+        if self.n_heads % self.n_kv_heads:
+            raise ConfigError(
+                f"architecture.n_kv_heads={self.n_kv_heads} must divide architecture.n_heads={self.n_heads}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run. Started again with the same folder, it goes on where it stopped.
+    """A training run.
 
     Attributes:
-        data: "stdlib" (the source of this Python's standard library), a folder of .txt, .md, .py and .jsonl files, one
-            such file, or a Hugging Face data set as "owner/name" or "owner/name:subset". JSON lines need a "text".
-        model: a preset, trained from fresh weights, or anything with weights that `meshloom serve` takes, trained on.
-        sizes: sizes that replace those of a preset.
+        data: "stdlib" (the source of this Python's standard library), a folder or file of .txt, .md, .py or .jsonl
+            (field "text"), or a Hugging Face dataset id.
+        model: a preset (fresh weights), or a model whose weights to start from; None trains `architecture` afresh.
+        architecture: sizes of the model when `model` is None.
         scan_layers: stack the layers and scan over them, so that compile time does not grow with depth.
         remat: what the backward pass recomputes to save memory: none, full (all), dots (all but matrix products).
-        tokenizer: "auto" is the model's own if it has weights and else "train": a byte-level BPE learned from the data.
-            Or a folder, Hugging Face id or model whose tokenizer is taken.
-        vocab_size: tokens of a tokenizer that is trained; at least 257.
-        run: folder of the run: checkpoints, metrics.jsonl, loss.png, tokenizer, meshloom.json.
-        sequence_length: tokens per packed row.
-        batch_size: rows per optimizer step, over all devices and accumulation steps.
-        accumulation: micro-batches that one optimizer step adds up; divides batch_size.
-        steps: optimizer steps of the whole run.
-        learning_rate: peak learning rate.
-        warmup_steps: steps over which the learning rate rises linearly to its peak; None is a tenth of all.
-        schedule: what follows the warm-up: a cosine down to final_fraction, or the constant peak.
-        final_fraction: learning rate at the end of the cosine, as a fraction of the peak.
-        weight_decay: AdamW's decoupled decay per unit of learning rate; not on norms and biases.
-        clip_norm: gradients with a larger global norm are scaled down to it.
-        betas: AdamW's decay rates of the first and second moment.
-        epsilon: AdamW's addend to the denominator.
-        dtype: of the computation, over float32 master weights; auto is float32 on the CPU and bfloat16 elsewhere.
-        scan_layers: compile one layer and scan over the stack (short compile), or unroll all layers.
-        remat: what the backward pass computes again to save memory: nothing, whole layers, or all but matrix products.
-        seed: of the fresh weights and of the order of the data.
+        tokenizer: "auto" is that of the model, or one trained on the data if the model has none; "train"; or a folder.
+        vocab_size: ids of a trained tokenizer, and of the model when `model` is None.
+        sequence_length: tokens per row; documents are packed into rows and never see each other.
+        batch_size: rows per optimizer step.
+        accumulation: parts that a batch is computed in, one after the other; memory falls, the result stays.
+        steps: optimizer steps.
+        learning_rate: peak, per step.
+        warmup_steps: steps of linear rise to the peak; None is a tenth of all steps, at most 100.
+        schedule: after the warm-up, a cosine down to `final_lr_fraction` of the peak, or constant.
+        final_lr_fraction: learning rate of the last step, as a fraction of the peak.
+        weight_decay: decoupled decay (AdamW) of matrices; norms and biases do not decay.
+        clip_norm: largest global norm of the gradient.
+        beta1: decay of the mean of gradients, per step.
+        beta2: decay of the mean of squared gradients, per step.
+        dtype: type of the computation; weights and optimizer stay float32. auto is float32 on a CPU, else bfloat16.
+        seed: of the weights and the data order.
         devices: "local" is what this machine has; "cpu:8" simulates 8 devices.
-        mesh: axis sizes, as in "fsdp=4,tensor=2"; "auto" gives fsdp as many devices as divide the micro-batch and
-            tensor the rest.
-        checkpoint_every: steps between checkpoints; there is one at the end too.
-        keep: newest checkpoints that stay on disk.
+        mesh: axis sizes, as in "fsdp=4,tensor=2"; "auto" is fsdp over all devices.
+        run_dir: folder of the run; where it holds checkpoints, the run goes on from the newest.
+        checkpoint_every: steps between checkpoints; the last step always makes one.
+        keep: newest checkpoints kept.
         log_every: steps between lines of metrics.jsonl.
-        heldout_every: steps between measurements of the loss on held-out text: every 50th document, which is then not
-            trained on. 0 trains on everything.
-        heldout_batches: batches of one such measurement, at most.
     """
 
     data: str = "stdlib"
-    model: str = "tiny"
-    sizes: ModelSizes = ModelSizes()
+    model: str | None = None
+    architecture: ArchitectureConfig = ArchitectureConfig()
     scan_layers: bool = True
     remat: Literal["none", "full", "dots"] = "none"
     tokenizer: str = "auto"
-    vocab_size: int = 8192
-    run: pathlib.Path = pathlib.Path("runs/train")
+    vocab_size: int = 4096
     sequence_length: int = 256
     batch_size: int = 8
     accumulation: int = 1
@@ -97,72 +93,75 @@ class TrainConfig:
     learning_rate: float = 1e-3
     warmup_steps: int | None = None
     schedule: Literal["cosine", "constant"] = "cosine"
-    final_fraction: float = 0.1
+    final_lr_fraction: float = 0.1
     weight_decay: float = 0.1
     clip_norm: float = 1.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    epsilon: float = 1e-8
+    beta1: float = 0.9
+    beta2: float = 0.95
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    scan_layers: bool = True
-    remat: Literal["none", "full", "dots"] = "none"
     seed: int = 0
     devices: str = "local"
     mesh: str = "auto"
+    run_dir: pathlib.Path = pathlib.Path("run")
     checkpoint_every: int = 100
     keep: int = 2
     log_every: int = 1
-    heldout_every: int = 0
-    heldout_batches: int = 8
 
     def __post_init__(self):
-        positive = ("batch_size", "accumulation", "steps", "checkpoint_every", "keep", "log_every", "heldout_batches")
-        for name in positive:
+        counts = ("sequence_length", "batch_size", "accumulation", "steps", "checkpoint_every", "keep", "log_every")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("weight_decay", "heldout_every"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must be at least 0; got {getattr(self, name)}")
-        for name in ("learning_rate", "clip_norm", "epsilon"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be positive; got {getattr(self, name)}")
-        if self.sequence_length < 2:
-            raise ConfigError(f"sequence_length must be at least 2 tokens; got {self.sequence_length}")
         if self.vocab_size < 257:
-            raise ConfigError(f"vocab_size must be at least 257: 256 bytes and the end of text; got {self.vocab_size}")
+            raise ConfigError(f"vocab_size must be at least 257 (256 bytes and the end of text); got {self.vocab_size}")
         if self.batch_size % self.accumulation:
-            raise ConfigError(f"accumulation={self.accumulation} must divide batch_size={self.batch_size}")
-        if not 0 <= self.warmup < self.steps:
-            raise ConfigError(f"warmup_steps must lie in 0..{self.steps - 1} with steps={self.steps}; got {self.warmup}")
-        if not 0 <= self.final_fraction <= 1:
-            raise ConfigError(f"final_fraction must lie in [0, 1]; got {self.final_fraction}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"betas must lie in [0, 1); got {self.betas}")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed must lie in 0..{2**32 - 1}; got {self.seed}")
+            raise ConfigError(
+                f"batch_size={self.batch_size} rows cannot be computed in accumulation={self.accumulation} equal parts"
+            )
+        for name in ("learning_rate", "clip_norm"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{name} must be a positive number; got {value}")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ConfigError(f"weight_decay must be 0 or more; got {self.weight_decay}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must lie in [0, 1); got {getattr(self, name)}")
+        if not 0 <= self.final_lr_fraction <= 1:
+            raise ConfigError(f"final_lr_fraction must lie in [0, 1]; got {self.final_lr_fraction}")
+        if self.warmup < 0 or (self.schedule == "cosine" and self.warmup > self.steps):
+            raise ConfigError(f"warmup_steps must lie in 0..steps={self.steps}; got {self.warmup}")
+        if not 0 <= self.seed < 2**31:
+            raise ConfigError(f"seed must lie in 0..2147483647; got {self.seed}")
 
     @property
     def warmup(self) -> int:
-        """Steps over which the learning rate rises."""
-        return self.steps // 10 if self.warmup_steps is None else self.warmup_steps
+        """Steps of linear rise to the peak."""
+        return min(100, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
 
-    @property
-    def micro_batch(self) -> int:
-        """Rows of one micro-batch, over all devices."""
-        return self.batch_size // self.accumulation
 
-    def breaks_continuity_with(self, recorded: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Keys whose change would make this another run: name -> (recorded value, value now).
+# What may change between the parts of a run: where and how it is kept, and the mesh (another mesh adds in another
+# order, so losses agree to rounding instead of bitwise). `dtype` is compared as what it stands for on the devices.
+_FREE = {"checkpoint_every", "keep", "log_every", "run_dir", "devices", "mesh", "dtype"}
 
-        `recorded` is the configuration, as plain data, with which the run began. More steps are a longer run only when
-        the schedule does not depend on their number.
-        """
-        now = to_dict(self)
-        free = FREE_TO_CHANGE | ({"steps"} if self.schedule == "constant" else set())
-        changed = {}
-        for name in (*now, *(recorded.keys() - now.keys())):
-            before, after = recorded.get(name), now.get(name)
-            if name == "heldout_every":  # only whether text is held out changes what is trained on
-                before, after = bool(before), bool(after)
-            if name not in free and before != after:
-                changed[name] = (recorded.get(name), now.get(name))
-        return changed
+
+def continuity_errors(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Fields in which a run that goes on would not be the run that began, as "name: before -> now".
+
+    Args:
+        before, now: two `TrainConfig`s as plain dictionaries.
+    """
+    # With a cosine, or a warm-up that is a tenth of the steps, their number bends the learning rate of every step.
+    fixed_rate = now["schedule"] == "constant" and now["warmup_steps"] is not None
+    free = _FREE | ({"steps"} if fixed_rate else set())
+    flat_before, flat_now = _flat(before), _flat(now)
+    names = [name for name in flat_before | flat_now if name.split(".")[0] not in free]
+    changed = [name for name in names if flat_before.get(name) != flat_now.get(name)]
+    return [f"{name}: {flat_before.get(name)} -> {flat_now.get(name)}" for name in changed]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    result = {}
+    for name, value in values.items():
+        result |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return result

@@ -1,136 +1,102 @@
-"""Batches: the corpus cut into rows of equal length, shuffled, and dealt out by grain.
+"""From a corpus to batches: rows cut from the token stream, shuffled anew each epoch, forever.
 
-A row is a stretch of the corpus and may hold several documents: `segment_ids` numbers them from 1 (0 is padding),
-`positions` restart in each, and `targets` is the next token, or `IGNORE` where that belongs to another document. Every
-token but the first of a document is a target exactly once per epoch. The order depends on the seed alone, and where
-an iterator stands is one small dictionary.
+The order depends on the seed alone; the iterator's state is a small JSON value that goes into every checkpoint. A row
+holds pieces of one or more documents, numbered, so that attention and loss stay inside each. Knows no devices beyond
+which process of how many this is.
 
-Knows no device: arrays are numpy, and a process sees only its own rows of each batch.
-
-Shape legend: B rows of a batch, T tokens of a row.
+Shape legend: B rows, T tokens per row that are predicted.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 
 from meshloom.core.errors import ConfigError
 from meshloom.train.corpus import Corpus
-from meshloom.train.objectives import IGNORE
-
-Batch = dict[str, np.ndarray]
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Rows:
-    """The rows of a stretch of a corpus, by index: a random-access source for grain.
+class Batch:
+    """Rows of `T + 1` tokens: the first T are the input, the last T what is predicted.
 
-    Attributes:
-        start, stop: the stretch, in tokens.
-        length: tokens of a row. The last row is padded.
+    Attributes (int32 `[..., T + 1]`, of numpy, JAX, or abstract):
+        tokens: ids; padding is 0.
+        segment_ids: number of the document within its row, from 1; 0 is padding.
+        positions: place within the document's part of the row, from 0.
     """
 
-    corpus: Corpus
-    start: int
-    stop: int
-    length: int
+    tokens: Any
+    segment_ids: Any
+    positions: Any
+
+
+class PackedRows:
+    """The corpus as rows of `length + 1` tokens; neighbours share one token, so that each is predicted once an epoch."""
+
+    def __init__(self, corpus: Corpus, length: int):
+        self._corpus = corpus
+        self._length = length
 
     def __len__(self) -> int:
-        # The last token of the stretch is a target only.
-        return max(1, -(-(self.stop - self.start - 1) // self.length))
+        return max(len(self._corpus.tokens) - 2, 0) // self._length + 1
 
-    def __getitem__(self, index: int) -> Batch:
-        """tokens, targets, segment_ids and positions, each int32 `[T]`."""
-        begin = self.start + int(index) * self.length
-        end = min(begin + self.length, self.stop)
-        places = np.arange(begin, min(end + 1, self.stop))
-        tokens = self.corpus.tokens[places[0] : places[-1] + 1].astype(np.int32)
-        document = np.searchsorted(self.corpus.ends, places, side="right")
-        starts = np.concatenate(([0], self.corpus.ends))[document[0] : document[-1] + 1]
-        row = end - begin
-        targets = np.where(document[1:] == document[:-1], tokens[1:], IGNORE)
-        segments = document[:row] - document[0]
-        return {
-            "tokens": self._padded(tokens[:row], 0),
-            "targets": self._padded(targets[:row], IGNORE),
-            "segment_ids": self._padded(segments + 1, 0),
-            "positions": self._padded(places[:row] - np.maximum(starts[segments], begin), 0),
-        }
-
-    def _padded(self, values: np.ndarray, fill: int) -> np.ndarray:
-        row = np.full(self.length, fill, np.int32)
-        row[: len(values)] = values
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        start = index * self._length
+        stop = min(start + self._length + 1, len(self._corpus.tokens))
+        offsets = np.arange(start, stop)
+        document = np.searchsorted(self._corpus.ends, offsets, side="right")
+        first_of_document = np.searchsorted(document, document, side="left")
+        row = {name: np.zeros(self._length + 1, np.int32) for name in ("tokens", "segment_ids", "positions")}
+        row["tokens"][: stop - start] = self._corpus.tokens[start:stop]
+        row["segment_ids"][: stop - start] = document - document[0] + 1
+        row["positions"][: stop - start] = np.arange(stop - start) - first_of_document
         return row
 
 
-def training_rows(corpus: Corpus, length: int, *, hold_out: bool) -> Rows:
-    """Rows to train on: all documents, or all but those held out."""
-    return Rows(corpus, 0, corpus.training_tokens if hold_out else int(corpus.ends[-1]), length)
-
-
-def heldout_rows(corpus: Corpus, length: int) -> Rows:
-    """Rows of the held-out documents.
-
-    Raises:
-        ConfigError: there are none, because the corpus has fewer than 50 documents.
-    """
-    if corpus.training_documents == len(corpus.ends):
-        raise ConfigError(
-            f"heldout_every needs documents to hold out, one in 50; the data has only {len(corpus.ends)}: "
-            "give more documents, or heldout_every=0"
-        )
-    return Rows(corpus, corpus.training_tokens, int(corpus.ends[-1]), length)
-
-
 class Batches:
-    """Endless batches of rows, shuffled anew in each epoch; the state of the iterator can be saved and set.
+    """An endless iterator over this process's share of every batch.
 
-    Every process takes its own rows of the same global batch, so that the state is the same in all of them.
+    Args:
+        batch_size: rows per step, over all processes.
+    Raises:
+        ConfigError: the corpus has fewer rows than one batch, or a batch does not divide over the processes.
     """
 
-    def __init__(self, rows: Rows, batch_size: int, *, seed: int, process: int = 0, processes: int = 1):
-        """
-        Args:
-            batch_size: rows over all processes.
-        Raises:
-            ConfigError: the processes do not share a batch evenly.
-        """
+    def __init__(self, corpus: Corpus, *, length: int, batch_size: int, seed: int):
+        rows = PackedRows(corpus, length)
+        if len(rows) < batch_size:
+            raise ConfigError(
+                f"data: {len(corpus.tokens)} tokens make {len(rows)} rows of sequence_length={length}, too few for one "
+                f"batch of batch_size={batch_size}; give more data, or a smaller batch or length"
+            )
+        processes = jax.process_count()
         if batch_size % processes:
-            raise ConfigError(f"batch_size={batch_size} must be a multiple of the {processes} processes")
-        shuffled = grain.MapDataset.source(rows).shuffle(seed=seed).repeat()
-        mine = shuffled[process::processes].batch(batch_size // processes)
-        # Reading a row takes microseconds: one thread keeps a few batches ahead of the step.
-        self._iterator = iter(mine.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+            raise ConfigError(f"batch_size={batch_size} rows do not divide over {processes} processes")
+        shuffled = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+        mine = shuffled[jax.process_index() :: processes] if processes > 1 else shuffled
+        # A row is a slice of a memory map: one thread, a step or two ahead, hides all of it.
+        reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+        self._iterator = iter(mine.batch(batch_size // processes).to_iter_dataset(reading))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
 
     def __next__(self) -> Batch:
-        """tokens, targets, segment_ids and positions, each int32 `[B, T]`."""
-        return next(self._iterator)
+        return Batch(**next(self._iterator))
 
-    def get_state(self) -> dict[str, Any]:
-        """Where the iterator stands: plain data, such that `set_state` of it makes the next batch come again."""
+    def state(self) -> dict[str, Any]:
+        """Where the iterator stands, as JSON."""
         return self._iterator.get_state()
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from a `state`."""
         self._iterator.set_state(state)
 
     def close(self) -> None:
-        """Ends the thread that reads ahead."""
+        """Stops the reading thread."""
         self._iterator.close()
-
-
-def heldout_batches(rows: Rows, batch_size: int, limit: int, *, process: int = 0, processes: int = 1) -> list[Batch]:
-    """At most `limit` batches in order, the last one filled up with rows in which nothing is predicted."""
-    each = batch_size // processes
-    batches = []
-    for first in range(0, min(len(rows), limit * batch_size), batch_size):
-        indices = range(first + process * each, first + (process + 1) * each)
-        held = [rows[i] if i < len(rows) else _nothing(rows.length) for i in indices]
-        batches.append({name: np.stack([row[name] for row in held]) for name in held[0]})
-    return batches
-
-
-def _nothing(length: int) -> Batch:
-    row = {name: np.zeros(length, np.int32) for name in ("tokens", "segment_ids", "positions")}
-    return row | {"targets": np.full(length, IGNORE, np.int32)}

@@ -1,202 +1,213 @@
-"""The training loop: `train(config)` begins a run or goes on with one, and loses nothing however it ends.
+"""`train`: from a configuration to a trained run, and on from wherever an earlier attempt stopped.
 
-A checkpoint holds parameters, optimizer state and where the data stands, so that a run which is killed and started again
-takes the very steps it would have taken: on the same mesh the losses are the same bits. SIGTERM and SIGINT end the run
-after the step it is in, with a checkpoint. A loss or gradient that is not finite ends it without one.
+The loop owns order and nothing else: what may not fail late is checked first (configuration, data, disk), then every
+step is dispatch, fetch the next rows, report, and now and then a checkpoint that holds weights, optimizer and data
+position. A process killed at any moment continues bitwise on the same mesh.
 """
 
+import contextlib
 import dataclasses
 import math
 import pathlib
 import signal
 import threading
 import time
-from types import FrameType
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-from meshloom.core.checkpoint import Checkpointer, check_writable, gigabytes, size_in_bytes
-from meshloom.core.compile import enable_compilation_cache
+from meshloom.core.checkpoint import Checkpointer, check_writable, tree_bytes
+from meshloom.core.counting import count_flops
 from meshloom.core.errors import ConfigError, MeshloomError
 from meshloom.core.hardware import peak_flops
-from meshloom.core.metrics import MetricsLog, plot_loss, read_metrics
-from meshloom.models.config_dict import config_from_dict
+from meshloom.core.metrics import MetricsFile, ProgressReport, plot_loss, read_metrics
 from meshloom.models.language_model import LanguageModel
 from meshloom.models.language_model import load as load_model
-from meshloom.sharding.derive import derive
-from meshloom.sharding.explain import bytes_text, spec_text
-from meshloom.sharding.layout import Layout
 from meshloom.train.config import TrainConfig
-from meshloom.train.corpus import Corpus, tokenise
-from meshloom.train.data import Batches, heldout_batches, heldout_rows, training_rows
-from meshloom.train.folder import RunFolder
-from meshloom.train.model import Start, compute_dtype, mesh_of, start_of
-from meshloom.train.progress import StepProgress, amount_bar, duration, standard_error
-from meshloom.train.sources import documents
-from meshloom.train.step import Trainer, TrainState
+from meshloom.train.data import Batches
+from meshloom.train.run_folder import RunFolder
+from meshloom.train.setup import Setup, prepare
+from meshloom.train.state import TrainState
+
+
+class TrainingDiverged(MeshloomError):
+    """The loss is no longer a number."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run on disk, finished or stopped.
+    """A finished or interrupted training run.
 
     Attributes:
-        folder: what `meshloom.load` and `meshloom serve` take.
-        step: the last step that was taken.
-        finished: whether that is the last step of the run.
+        folder: holds meshloom.json, tokenizer/, checkpoints/, metrics.jsonl and loss.png.
+        metrics: the lines of metrics.jsonl: step, loss (nats per token), grad_norm, learning_rate, tokens,
+            tokens_per_second, mfu (fraction of the devices' peak).
+        steps: optimizer steps done. interrupted: stopped by a signal before the last step.
     """
 
     folder: pathlib.Path
-    step: int
-    finished: bool
-
-    @property
-    def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
-        return read_metrics(self.folder / "metrics.jsonl")
+    metrics: list[dict[str, Any]]
+    steps: int
+    interrupted: bool = False
 
     @property
     def final_loss(self) -> float:
-        """The loss of the last logged step, in nats per token."""
-        return self.metrics[-1]["loss"]
+        """Loss of the last step reported, nats per token."""
+        return self.metrics[-1]["loss"] if self.metrics else math.nan
 
     def load(self) -> LanguageModel:
-        """The trained model, from the newest checkpoint."""
+        """The model of the newest checkpoint."""
         return load_model(self.folder)
+
+    def figures(self) -> dict[str, Any]:
+        """What `meshloom train --json` prints."""
+        # The first step of a process waits for things that later ones do not: the median is the pace.
+        pace = [line["tokens_per_second"] for line in self.metrics]
+        used = [line["mfu"] for line in self.metrics if line["mfu"] is not None]
+        return {
+            "folder": str(self.folder),
+            "steps": self.steps,
+            "interrupted": self.interrupted,
+            "first_loss": self.metrics[0]["loss"] if self.metrics else None,
+            "final_loss": self.final_loss if self.metrics else None,
+            "tokens": sum(line["tokens"] for line in self.metrics),
+            "tokens_per_second": float(np.median(pace)) if pace else None,
+            "mfu": float(np.median(used)) if used else None,
+        }
 
 
 def train(config: TrainConfig) -> Run:
-    """Trains a model, or goes on with the run in `config.run`, until its last step, SIGTERM or SIGINT.
+    """Trains, and returns the run. Called again with the same configuration it goes on, or returns what is complete.
+
+    SIGINT and SIGTERM finish the step, save and return; a second SIGINT interrupts at once.
 
     Raises:
-        ConfigError: settings that make no sense together, or differ from those the run in this folder began with.
-        CheckpointError: the folder cannot be written, its disk is too small, or a checkpoint cannot be written or read.
-        MeshloomError: the loss or the gradient is no longer finite.
+        ConfigError: the configuration, or the data it names, cannot be trained on; or `run_dir` holds another run.
+        CheckpointError: the disk is full, `run_dir` cannot be written, or a checkpoint cannot be read.
+        TrainingDiverged: the loss is not finite; the last checkpoint from before is kept.
     """
-    console = standard_error()
-    mesh = mesh_of(config)
-    enable_compilation_cache()
-    with RunFolder(config.run) as folder:
-        folder.check(config)
-        start, corpus = _prepare(config, folder, console)
-        module = start.module()
-        layout = derive(module, mesh)
-        trainer = Trainer(module, layout, config, compute_dtype(config))
-        _announce(console, config, start, corpus, layout)
-        if folder.record is not None and not _same_mesh(folder.record["train"], config):
-            console.print("the mesh has changed: losses go on up to rounding, not bit by bit", highlight=False)
-        checkpointer = Checkpointer(folder.checkpoints, config.keep)
-        _check_room(folder, config, trainer)
-        folder.begin(config, start.config, start.tokenizer, corpus.fingerprint)
-        return _Loop(config, folder, checkpointer, trainer, start, corpus, console).run()
-
-
-def _prepare(config: TrainConfig, folder: RunFolder, console: Console) -> tuple[Start, Corpus]:
-    """Model, tokenizer and corpus; those of the run, if it has begun."""
-    texts = documents(config.data)
-    if folder.record is None:
-        with amount_bar(console, f"tokenizer from {texts.name}", 0):
-            start = start_of(config, texts)
+    console = Console(stderr=True)
+    setup = prepare(config, console)
+    folder = RunFolder(config.run_dir)
+    with Checkpointer(folder.checkpoints, keep=config.keep) as checkpoints:
+        done = checkpoints.latest_step() or 0
+        if done >= config.steps:
+            console.print(f"{folder.path} is complete: {done} of {config.steps} steps are done")
+            return Run(folder.path, read_metrics(folder.metrics), done)
+        check_writable(folder.checkpoints, (config.keep + 1) * tree_bytes(setup.abstract_weights))
+        setup.print_plan(console)
+        batches = setup.batches()
+        with contextlib.closing(batches):
+            state = setup.restore(checkpoints, done, batches) if done else setup.start(folder)
+            if done:
+                console.print(f"going on from step {done} of {folder.path}")
+            last = _steps(config, setup, state, batches, checkpoints, folder, console)
+    metrics = read_metrics(folder.metrics)
+    if jax.process_index() == 0:
+        plot_loss(metrics, folder.plot, title=f"{folder.path.name}: {setup.documents} on {setup.mesh_text}")
+    run = Run(folder.path, metrics, last, interrupted=last < config.steps)
+    if run.interrupted:
+        console.print(f"stopped after step {last} of {config.steps}, saved; the same command goes on from there")
     else:
-        model = config_from_dict(folder.record["model"])
-        start = Start(model, folder.tokenizer(), None)
-    with amount_bar(console, f"tokens of {texts.name}", texts.size) as advance:
-        corpus = tokenise(texts, start.tokenizer, advance)
-    if folder.record is not None and folder.record["data"] != corpus.fingerprint:
-        raise ConfigError(
-            f"{texts.name} has changed since the run in {folder.path} began: going on would train on other data. "
-            "Restore it, or give another folder (run) to start anew"
-        )
-    return start, corpus
+        console.print(f"done: loss {run.final_loss:.4f}; serve it with `meshloom serve {folder.path}`")
+    return run
 
 
-def _announce(console: Console, config: TrainConfig, start: Start, corpus: Corpus, layout: Layout) -> None:
-    """The plan: what is trained, on what, and how it lies on the devices."""
-    parameters = sum(math.prod(row.shape) for row in layout.rows)
-    axes = " ".join(f"{axis}={size}" for axis, size in layout.mesh.shape.items())
-    tokens = config.steps * config.batch_size * config.sequence_length
-    table = Table(title=f"derived layout on {axes}", title_justify="left")
-    for heading in ("parameter", "shape", "spec", "rule"):
-        table.add_column(heading, overflow="fold")
-    table.add_column("per device", justify="right")
-    for names, row in _alike(layout):
-        name = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} like it"
-        shape = " x ".join(map(str, row.shape))
-        table.add_row(name, shape, spec_text(row), row.rule, bytes_text(row.bytes_per_device * len(names)))
-    console.print(
-        f"model    {start.config.family}, {parameters / 1e6:.3g}M parameters, {compute_dtype(config)} computation\n"
-        f"data     {len(corpus.ends):,} documents, {len(corpus.tokens):,} tokens\n"
-        f"plan     {config.steps} steps of {config.batch_size} x {config.sequence_length} tokens: "
-        f"{tokens / len(corpus.tokens):.2g} epochs\n"
-        f"folder   {config.run}",
-        highlight=False,
-    )
-    console.print(table)
-
-
-def _alike(layout: Layout) -> list[tuple[list[str], Any]]:
-    """Rows that differ only in the number of their layer, together."""
-    groups: dict[Any, tuple[list[str], Any]] = {}
-    for row in layout.rows:
-        kind = ".".join("*" if part.isdecimal() else part for part in row.name.split("."))
-        groups.setdefault((kind, row.shape, spec_text(row), row.rule), ([], row))[0].append(row.name)
-    return list(groups.values())
-
-
-def _same_mesh(recorded: dict[str, Any], config: TrainConfig) -> bool:
-    return (recorded["devices"], recorded["mesh"]) == (config.devices, config.mesh)
-
-
-def _check_room(folder: RunFolder, config: TrainConfig, trainer: Trainer) -> None:
-    """While one checkpoint more than `keep` is written, all of them are on disk."""
-    held = sum(file.stat().st_size for file in folder.checkpoints.rglob("*") if file.is_file())
-    check_writable(folder.checkpoints, max(0, size_in_bytes(trainer.abstract) * (config.keep + 1) - held))
-
-
-class _Loop:
-    """The state of a run that is under way."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        folder: RunFolder,
-        checkpointer: Checkpointer,
-        trainer: Trainer,
-        start: Start,
-        corpus: Corpus,
-        console: Console,
+def _steps(
+    config: TrainConfig,
+    setup: Setup,
+    state: TrainState,
+    batches: Batches,
+    checkpoints: Checkpointer,
+    folder: RunFolder,
+    console: Console,
+) -> int:
+    """Runs the remaining steps, or up to a signal; returns the number of the last one, which is saved."""
+    with console.status("compiling the step") if console.is_terminal else contextlib.nullcontext():
+        step = setup.compiled_step()
+        meter = Meter(setup)
+    with (
+        MetricsFile(folder.metrics, after=state.done) as lines,
+        ProgressReport(console, total=config.steps, start=state.done) as progress,
+        stop_requested() as stop,
     ):
-        self._config = config
-        self._folder = folder
-        self._checkpointer = checkpointer
-        self._trainer = trainer
-        self._start = start
-        self._console = console
-        hold_out = config.heldout_every > 0
-        share = {"process": jax.process_index(), "processes": jax.process_count()}
-        rows = training_rows(corpus, config.sequence_length, hold_out=hold_out)
-        self._batches = Batches(rows, config.batch_size, seed=config.seed, **share)
-        self._heldout = []
-        if hold_out:
-            rows = heldout_rows(corpus, config.sequence_length)
-            self._heldout = heldout_batches(rows, config.micro_batch, config.heldout_batches, **share)
-        self._peak = peak_flops(list(trainer.mesh.devices.flat), compute_dtype(config))
+        batch = setup.place(next(batches))
+        meter.start()
+        while True:
+            state, metrics = state.advance(step, batch)
+            position = batches.state()
+            last = state.done == config.steps
+            if not last:  # rows are fetched while the devices compute
+                batch = setup.place(next(batches))
+            values = {name: getattr(metrics, name).item() for name in ("loss", "grad_norm", "learning_rate", "tokens")}
+            if not math.isfinite(values["loss"]):
+                raise TrainingDiverged(_diverged(state.done, values["loss"], checkpoints))
+            speed = meter.lap(values["tokens"])
+            if jax.process_index() == 0:
+                progress.show(state.done, loss=values["loss"], **speed)
+                if last or state.done % config.log_every == 0:
+                    lines.write({"step": state.done, **values, **speed})
+            stopping = stop.is_set()
+            if last or stopping or state.done % config.checkpoint_every == 0:
+                checkpoints.save(state.done, state.items(position))
+            if last or stopping:
+                checkpoints.wait()
+                return state.done
 
-    def run(self) -> Run:
-        """All steps that are left."""
+
+def _diverged(step: int, loss: float, checkpoints: Checkpointer) -> str:
+    good = checkpoints.latest_step()
+    kept = f"the checkpoint of step {good} is kept" if good else "there is no checkpoint yet"
+    return (
+        f"the loss of step {step} is {loss}; {kept}. Try a lower learning_rate, a longer warm-up or a lower clip_norm "
+        "in another run_dir"
+    )
+
+
+class Meter:
+    """Tokens per second and MFU of each step, by the wall clock."""
+
+    def __init__(self, setup: Setup):
+        self._flops = count_flops(setup.plain_step, setup.abstract_weights, setup.abstract_batch, jnp.int32(0)).flops
+        peak_dtype = jnp.dtype(setup.dtype).name
         try:
-            step, state = self._first_state()
-            if step >= self._config.steps:
-                self._console.print(f"{self._folder.path} is finished: step {step} of {self._config.steps}")
-                return Run(self._folder.path, step, True)
-            self._compile()
-            with MetricsLog(self._folder.metrics, resume_step=step) as log, _Signals() as signals:
-                step = self._steps(step, state, log, signals)
-            self._checkpointer.wait()
-        finally:
-            self._batches.close()
-            self._checkpointer.close()
-        return self._ended(step)
+            self._peak: float | None = peak_flops(list(setup.mesh.devices.flat), peak_dtype)
+        except ConfigError:  # a chip without a figure for this dtype: no MFU rather than a wrong one
+            self._peak = None
+
+    def start(self) -> None:
+        """The first step begins now."""
+        self._last = time.perf_counter()
+
+    def lap(self, tokens: int) -> dict[str, float | None]:
+        """Figures of the step that ends now and trained on `tokens` tokens."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        mfu = None if self._peak is None else self._flops / seconds / self._peak
+        return {"tokens_per_second": tokens / seconds, "mfu": mfu}
+
+
+@contextlib.contextmanager
+def stop_requested() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set inside the block; a second SIGINT acts as it did before."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event  # only the main thread may handle signals
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, _: Any) -> None:
+        event.set()
+        signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,34 +1,28 @@
-"""What a model is trained to do: predict the next token of the same document.
+"""What training minimises: next-token cross entropy over packed rows, in float32.
 
-Sums and counts are kept apart, so that micro-batches and devices add up to exactly the mean over all predicted tokens.
-
-Shape legend: B rows, T tokens, V vocab.
+Shape legend: B rows, T tokens predicted per row, V vocab.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# A target of this value is no target: padding, or a token of the next document.
-IGNORE = -1
-
 
 @jax.named_scope("next_token_loss")
 def next_token_loss(
-    logits: Float[Array, "B T V"], targets: Int[Array, "B T"]
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Cross entropy of the targets under the logits.
+    logits: Float[Array, "B T V"], tokens: Int[Array, "B T_and_1"], segment_ids: Int[Array, "B T_and_1"]
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """Sum of -log p(next token), in nats, and the number of tokens in it.
+
+    A token counts if it lies in the same document (segment) as the one before it; padding (segment 0) never counts.
 
     Args:
-        logits: float32.
-        targets: token ids, or `IGNORE` where nothing is predicted.
-    Returns:
-        The sum over predicted tokens, in nats, and their number; both float32.
+        logits: float32, of the first T tokens.
     """
-    predicted = targets != IGNORE
-    # The target's logit by comparison, not by gather: the vocabulary may be split over devices, and the gradient of a
-    # gather is a scatter.
-    is_target = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[..., None]
-    of_target = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-    losses = jax.nn.logsumexp(logits, axis=-1) - of_target
-    return jnp.sum(jnp.where(predicted, losses, 0.0)), jnp.sum(predicted, dtype=jnp.float32)
+    targets = tokens[:, 1:]
+    counted = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
+    # Comparing beats indexing: its gradient is no scatter, and a vocabulary split over devices needs no gather.
+    is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
+    chosen = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    loss = jax.nn.logsumexp(logits, axis=-1) - chosen
+    return jnp.sum(jnp.where(counted, loss, 0.0)), jnp.sum(counted, dtype=jnp.int32)

@@ -30,8 +30,9 @@ from meshloom.sharding import derive
 from meshloom.sharding.explain import bytes_text, spec_text
 from meshloom.sharding.layout import Layout
 from meshloom.train.config import TrainConfig
-from meshloom.train.corpus import Corpus, Documents, find_documents, tokenize
+from meshloom.train.corpus import Corpus, tokenize
 from meshloom.train.data import Batch, Batches
+from meshloom.train.documents import Documents, find_documents
 from meshloom.train.optimizer import make_optimizer, make_schedule
 from meshloom.train.run_folder import Identity, RunFolder
 from meshloom.train.state import TrainState, restore_state

@@ -15,20 +15,22 @@ from meshloom.models.weight_map import Rule
 _REQUIRED = object()
 
 # Keys that change nothing in a forward pass: provenance, generation defaults, training-only settings, output formats.
-_WITHOUT_EFFECT = frozenset(
-    """
-    _name_or_path architectures model_type transformers_version torch_dtype dtype auto_map tokenizer_class prefix
-    model_max_length use_cache cache_implementation bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id
-    decoder_start_token_id forced_bos_token_id forced_eos_token_id task_specific_params is_decoder n_ctx n_special
-    predict_special_tokens attention_dropout hidden_dropout dropout dropout_rate layerdrop activation_dropout
-    classifier_dropout resid_pdrop embd_pdrop attn_pdrop embedding_dropout classifier_dropout_prob output_router_logits
-    router_aux_loss_coef router_jitter_noise pretraining_tp gradient_checkpointing output_attentions
-    output_hidden_states return_dict return_dict_in_generate output_past problem_type id2label label2id
-    chunk_size_feed_forward initializer_factor reorder_and_upcast_attn summary_type summary_use_proj summary_activation
-    summary_proj_to_labels summary_first_dropout _attn_implementation_autoset attn_implementation _attn_implementation
-    unsloth_version unsloth_fixed transformers.js_config
-    """.split()
-)
+# fmt: off
+_WITHOUT_EFFECT = {
+    "_name_or_path", "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "auto_map",
+    "tokenizer_class", "prefix", "model_max_length", "use_cache", "cache_implementation", "bos_token_id",
+    "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id", "forced_bos_token_id",
+    "forced_eos_token_id", "task_specific_params", "is_decoder", "n_ctx", "n_special", "predict_special_tokens",
+    "is_llama_config", "attention_probs_dropout_prob", "hidden_dropout_prob", "attention_dropout", "hidden_dropout",
+    "dropout", "dropout_rate", "layerdrop", "activation_dropout", "classifier_dropout", "resid_pdrop", "embd_pdrop",
+    "attn_pdrop", "embedding_dropout", "classifier_dropout_prob", "output_router_logits", "router_aux_loss_coef",
+    "router_jitter_noise", "pretraining_tp", "gradient_checkpointing", "output_attentions", "output_hidden_states",
+    "return_dict", "return_dict_in_generate", "output_past", "problem_type", "id2label", "label2id",
+    "chunk_size_feed_forward", "initializer_factor", "reorder_and_upcast_attn", "summary_type", "summary_use_proj",
+    "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "_attn_implementation_autoset",
+    "attn_implementation", "_attn_implementation", "unsloth_version", "unsloth_fixed", "transformers.js_config",
+}
+# fmt: on
 
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -81,14 +83,15 @@ class HFConfig:
         return _ACTIVATIONS[value]
 
     def finish(self) -> None:
-        """Refuse keys that were neither used nor are known to have no effect; unset ones (null, false, 0, empty) pass."""
+        """Refuse keys that were neither used nor are without effect; unset ones (null, false, 0, empty) pass."""
         unknown = sorted(
             key for key, value in self.values.items() if value and key not in self._used and key not in _WITHOUT_EFFECT
         )
         if unknown:
             shown = ", ".join(f"{key}={self.values[key]!r}" for key in unknown)
             raise ModelError(
-                f"{self.family}: config.json sets {shown}, which is not supported; remove a key that has no effect on the model"
+                f"{self.family}: config.json sets {shown}, which is not supported;"
+                " remove a key that has no effect on the model"
             )
 
 

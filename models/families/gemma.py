@@ -1,4 +1,7 @@
-"""Gemma 2 (Riviere et al. 2024) and the text model of Gemma 3 (2025): norms around both branches, windowed layers, scaled embeddings."""
+"""Gemma 2 (Riviere et al. 2024) and the text model of Gemma 3 (2025).
+
+Norms around both branches, windowed layers among global ones, scaled embeddings.
+"""
 
 import math
 from collections.abc import Mapping

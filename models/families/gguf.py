@@ -12,7 +12,7 @@ from typing import Any
 from meshloom.core.errors import ModelError
 from meshloom.models.config import DecoderConfig, MoEConfig, RopeConfig
 from meshloom.models.gguf import GGUFSource
-from meshloom.models.weight_map import RotaryPairs, Rows, Rule, Shifted, linear, rule
+from meshloom.models.weight_map import AS_IS, RotaryPairs, Rows, Rule, Shifted, linear, rule
 
 _REQUIRED = object()
 
@@ -165,7 +165,7 @@ def _gpt2(meta: _Metadata) -> DecoderConfig:
     )
 
 
-def _outer(config: DecoderConfig, norm: Rows | Shifted = Rows()) -> tuple[Rule, ...]:
+def _outer(config: DecoderConfig, norm: Rows | Shifted = AS_IS) -> tuple[Rule, ...]:
     unembed = "embed" if config.tie_embeddings else "unembed"
     return (
         rule("token_embd.weight", "embed.weight"),
@@ -175,20 +175,20 @@ def _outer(config: DecoderConfig, norm: Rows | Shifted = Rows()) -> tuple[Rule, 
     )
 
 
-def _norms(names: dict[str, str], form: Rows | Shifted = Rows()) -> tuple[Rule, ...]:
+def _norms(names: dict[str, str], form: Rows | Shifted = AS_IS) -> tuple[Rule, ...]:
     return tuple(r for file, part in names.items() for r in linear(f"blk.{{i}}.{file}", f"layers.{{i}}.{part}", form))
 
 
 _PRE_NORMS = {"attn_norm": "attention_norm", "ffn_norm": "mlp_norm"}
 
 
-def _attention(form_q: Rows | RotaryPairs = Rows(), form_k: Rows | RotaryPairs = Rows(), norm: Rows | Shifted = Rows()):
+def _attention(form_q: Rows | RotaryPairs = AS_IS, form_k: Rows | RotaryPairs = AS_IS, norm: Rows | Shifted = AS_IS):
     block, layer = "blk.{i}", "layers.{i}.attention"
     projections = {
         "attn_q": ("q", form_q),
         "attn_k": ("k", form_k),
-        "attn_v": ("v", Rows()),
-        "attn_output": ("out", Rows()),
+        "attn_v": ("v", AS_IS),
+        "attn_output": ("out", AS_IS),
     }
     return (
         *(
@@ -288,7 +288,8 @@ def read_gguf_config(source: GGUFSource) -> tuple[DecoderConfig, tuple[Rule, ...
     meta = _Metadata(source)
     if meta.architecture not in ARCHITECTURES:
         raise ModelError(
-            f"{source.path}: architecture {meta.architecture!r} is not supported in GGUF files; supported: {', '.join(ARCHITECTURES)}"
+            f"{source.path}: architecture {meta.architecture!r} is not supported in GGUF files;"
+            f" supported: {', '.join(ARCHITECTURES)}"
         )
     architecture = ARCHITECTURES[meta.architecture]
     config = architecture.config(meta)

@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019): learned positions, layer norms with bias, weights stored `[in, out]` with q, k, v fused."""
+"""GPT-2 (Radford et al. 2019): learned positions, layer norms with bias, weights stored `[in, out]`, q, k, v fused."""
 
 from typing import Any
 

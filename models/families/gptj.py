@@ -1,4 +1,4 @@
-"""GPT-J (Wang & Komatsuzaki 2021): attention and MLP in parallel after one norm, neighbours rotate, the unembedding has a bias."""
+"""GPT-J (Wang & Komatsuzaki 2021): parallel branches after one norm, neighbours rotate, the unembedding has a bias."""
 
 from typing import Any
 
@@ -9,7 +9,8 @@ from meshloom.models.weight_map import Rule, linear, rule
 
 def _from_hf(hf: HFConfig) -> DecoderConfig:
     hf.expect("tie_word_embeddings", False)
-    hf.optional("scale_attn_weights")
+    hf.expect("scale_attn_weights", True)
+    hf.expect("rotary", True)
     d_model, heads = hf.take("n_embd", 4096), hf.take("n_head", 16)
     head_dim = d_model // heads
     return DecoderConfig(

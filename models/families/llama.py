@@ -1,6 +1,6 @@
-"""Llama 2, 3 and 3.1 (Touvron et al. 2023; Grattafiori et al. 2024) and Mistral 7B (Jiang et al. 2023): the common pre-norm decoder.
+"""Llama 2, 3 and 3.1 (Touvron et al. 2023; Grattafiori et al. 2024) and Mistral 7B (Jiang et al. 2023).
 
-Most other families are these few functions with differences.
+The common pre-norm decoder: most other families are these few functions with differences.
 """
 
 from typing import Any

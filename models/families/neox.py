@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia (Black et al. 2022; Biderman et al. 2023): parallel branches with a norm each, q, k, v fused head by head."""
+"""GPT-NeoX and Pythia (Black et al. 2022; Biderman et al. 2023): parallel branches, q, k, v fused head by head."""
 
 from typing import Any
 

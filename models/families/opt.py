@@ -12,8 +12,8 @@ def _from_hf(hf: HFConfig) -> DecoderConfig:
     d_model, heads = hf.take("hidden_size"), hf.take("num_attention_heads")
     if not hf.take("do_layer_norm_before", True) or hf.take("word_embed_proj_dim", d_model) != d_model:
         raise ModelError(
-            "opt: do_layer_norm_before=False and word_embed_proj_dim other than hidden_size (OPT-350m alone has them) are not"
-            " supported; use another size, for example facebook/opt-125m or facebook/opt-1.3b"
+            "opt: do_layer_norm_before=False and word_embed_proj_dim other than hidden_size (OPT-350m alone has them)"
+            " are not supported; use another size, for example facebook/opt-125m or facebook/opt-1.3b"
         )
     hf.expect("_remove_final_layer_norm", False)
     hf.expect("layer_norm_elementwise_affine", True)

@@ -114,7 +114,7 @@ def _moe_rules(config: DecoderConfig) -> tuple[Rule, ...]:
 
 
 def _for_layers(config: DecoderConfig, *, sparse: bool, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """Rules of one kind of layer, with the layer numbers filled in: both kinds call their parameters gate, up and down."""
+    """Rules of one kind of layer, with the numbers filled in: both kinds call their parameters gate, up and down."""
     return tuple(
         rule(each.file.replace("{i}", str(i)), *(part.replace("{i}", str(i)) for part in each.parts))
         for i, layer in enumerate(config.layers)

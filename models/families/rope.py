@@ -1,4 +1,4 @@
-"""Rotary embedding settings in config.json, both ways: `rope_parameters` (transformers 5), `rope_theta` and `rope_scaling` before."""
+"""Rotary embedding settings in config.json, both ways: `rope_parameters`, and before transformers 5 `rope_scaling`."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ _SCALINGS = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 def rope_from_hf(hf: HFConfig, *, context: int, theta: float = 10_000.0, fraction: float = 1.0) -> RopeConfig:
-    """Reads all spellings; `theta` and `fraction` are the family's defaults, `context` its longest sequence in tokens."""
+    """Reads all spellings; `theta` and `fraction` are the family's defaults, `context` the longest sequence."""
     outer = {
         "rope_theta": hf.take("rope_theta", theta),
         "partial_rotary_factor": hf.take("partial_rotary_factor", fraction),

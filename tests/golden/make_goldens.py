@@ -365,9 +365,10 @@ def make_case(name: str, model_type: str, config: dict) -> None:
 
 
 ENGLISH = (
-    "The sun had barely risen when the old fisherman pushed his boat into the calm water. He had done this every morning for forty years,"
-    " and still he felt the same quiet joy when the shore grew small behind him and the gulls began to follow. Today, though, something"
-    " was different: the sea was silent, and far away a dark line stood on the horizon."
+    "The sun had barely risen when the old fisherman pushed his boat into the calm water. He had done this every"
+    " morning for forty years, and still he felt the same quiet joy when the shore grew small behind him and the gulls"
+    " began to follow. Today, though, something was different: the sea was silent, and far away a dark line"
+    " stood on the horizon."
 )
 PROMPTS = (
     "The capital of France is",
@@ -417,7 +418,7 @@ def make_smollm2(file: pathlib.Path) -> None:
 
 def check(folder: pathlib.Path, logits: pathlib.Path) -> None:
     arrays = np.load(logits)
-    decoder_tokens = arrays["decoder_tokens"] if "decoder_tokens" in arrays else None
+    decoder_tokens = arrays.get("decoder_tokens")
     difference = np.abs(logits_of(open_folder(folder), arrays["tokens"], decoder_tokens) - arrays["logits"]).max()
     print(f"{folder}: largest logit difference {difference:.2e}")
     if not difference <= 2e-4:

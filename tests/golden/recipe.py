@@ -1,4 +1,4 @@
-"""The weights of the golden models: a function of a tensor's name and shape alone, so that only logits need to be stored.
+"""The weights of the golden models: a function of a tensor's name and shape, so that only logits are stored.
 
 Used by `make_goldens.py` (which runs transformers) and by the tests (which run Meshloom).
 """

@@ -25,7 +25,7 @@ class Golden:
         self.tensors: dict[str, list[int]] = text["tensors"]
         arrays = np.load(GOLDEN / "families" / f"{name}.npz")
         self.tokens = arrays["tokens"]
-        self.decoder_tokens = arrays["decoder_tokens"] if "decoder_tokens" in arrays else None
+        self.decoder_tokens = arrays.get("decoder_tokens")
         self.logits = arrays["logits"]
 
     @property

@@ -1,4 +1,4 @@
-"""Loads a checkpoint while a thread watches this process's anonymous memory; prints what loading took beyond the weights.
+"""Loads a checkpoint while a thread watches this process's memory; prints the peak and what the weights take.
 
 Run by test_weights in a process of its own: `memory_probe.py FOLDER {unrolled,scanned,sharded}`.
 """

@@ -170,12 +170,13 @@ def test_presets_are_architectures_that_hugging_face_files_can_say(name):
     assert family.read_config(json.loads(json.dumps(family.write_config(config)))) == config
 
 
-@pytest.mark.parametrize("name", NAMES)
+FLAT_ROPES = [name for name in NAMES if "rope_type" in (Golden(name).config.get("rope_parameters") or {})]
+
+
+@pytest.mark.parametrize("name", FLAT_ROPES)
 def test_older_rope_spellings_mean_the_same(name):
     values = dict(Golden(name).config)
-    parameters = values.pop("rope_parameters", None)
-    if parameters is None or "full_attention" in parameters:
-        pytest.skip("no flat rope_parameters")
+    parameters = values.pop("rope_parameters")
     family = family_of(values)
     older = {"rope_theta": parameters["rope_theta"]}
     if parameters["rope_type"] != "default":
@@ -231,6 +232,31 @@ def test_keys_without_effect_and_unset_ones_pass():
         "other_key": False,
     }
     assert family.read_config(LLAMA | extra) == family.read_config(LLAMA)
+
+
+@pytest.mark.parametrize(
+    ("case", "published"),
+    [
+        (
+            "llama-tied",
+            {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "fp16"}},
+        ),
+        (
+            "gptj",
+            {"rotary": True, "scale_attn_weights": True, "summary_type": "cls_index", "gradient_checkpointing": False},
+        ),
+        ("neox", {"attention_probs_dropout_prob": 0.1, "hidden_act": "gelu_fast", "rotary_emb_base": 10000}),
+        ("opt", {"prefix": "</s>", "activation_dropout": 0.0, "layerdrop": 0.0}),
+        ("gpt2", {"n_ctx": 1024, "task_specific_params": {"text-generation": {"do_sample": True}}}),
+        ("phi3", {"auto_map": {"AutoConfig": "x.y"}, "embd_pdrop": 0.0, "attention_bias": False}),
+        ("gemma2", {"hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid"}),
+        ("t5-gated-untied", {"output_past": True, "dense_act_fn": "gelu_new", "is_gated_act": True}),
+        ("qwen3-moe", {"output_router_logits": False, "router_aux_loss_coef": 0.001, "max_window_layers": 48}),
+    ],
+)
+def test_keys_of_published_models_are_understood(case, published):
+    values = Golden(case).config
+    assert family_of(values).read_config(values | published).family == family_of(values).name
 
 
 def test_the_text_part_of_a_multimodal_gemma3_is_read():

@@ -1,4 +1,4 @@
-"""GGUF files: every architecture gives the logits of transformers' own reader, tokenizers cut as they should, defects are named."""
+"""GGUF files: logits are those of transformers' own reader, tokenizers cut as the file says, defects are named."""
 
 import json
 import os
@@ -95,7 +95,7 @@ def test_defects_are_named(tmp_path):
 
 
 def test_unsupported_architecture_and_scaling_are_refused_by_name(tmp_path):
-    with pytest.raises(ModelError, match="architecture 'rwkv6' is not supported.*llama"):
+    with pytest.raises(ModelError, match=r"architecture 'rwkv6' is not supported.*llama"):
         resolve(write_case("llama", tmp_path / "a.gguf", **{"general.architecture": "rwkv6"}))
     with pytest.raises(ModelError, match="rope scaling 'yarn' is not supported"):
         resolve(write_case("llama", tmp_path / "b.gguf", **{"llama.rope.scaling.type": "yarn"}))

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tests.models.golden_cases import GOLDEN, NAMES, Golden
 
 import meshloom.models as models
 from meshloom.models.encoder_decoder import EncoderDecoder
 from meshloom.pallas_kernels import Ragged
+from tests.models.golden_cases import GOLDEN, NAMES, Golden
 
 TOLERANCE = (
     2e-4  # logits are about 4, float32 resolves 4e-7 of that: room for sums in another order, none for a wrong formula
@@ -57,7 +57,8 @@ def stepwise_logits(module, tokens: np.ndarray, memory) -> np.ndarray:
             num_seqs=jnp.int32(len(present)),
         )
         # A step reads row s of the memory for its sequence s.
-        read = None if memory is None else jax.tree.map(lambda x: x[jnp.asarray([*present, *[0] * absent])], memory)
+        order = jnp.asarray([*present, *[0] * absent])
+        read = None if memory is None else jax.tree.map(lambda x, order=order: x[order], memory)
         logits, cache = step(state, jnp.asarray(np.pad(rows, (0, ROWS - rows.size))), ragged, cache, read)
         for s, part in zip(present, np.split(np.asarray(logits)[: rows.size], np.cumsum(taken)[:-1]), strict=True):
             found[s].append(part)

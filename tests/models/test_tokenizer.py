@@ -1,4 +1,4 @@
-"""Text to ids and back: streamed pieces join to the whole, chats render as the model's template says, folders round-trip."""
+"""Text to ids and back: streamed pieces join to the whole, chats follow the model's template, folders round-trip."""
 
 import json
 

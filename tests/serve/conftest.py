@@ -12,7 +12,9 @@ from meshloom.models.tokenizer import Tokenizer, train_byte_bpe
 from meshloom.serve.config import EngineConfig
 from meshloom.serve.engine import Engine
 
-CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+CHAT_TEMPLATE = """\
+{% for m in messages %}<{{ m.role }}>{{ m.content }}
+{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
 
 CONFIG = DecoderConfig(
     vocab_size=320,

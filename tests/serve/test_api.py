@@ -28,9 +28,13 @@ def server(engine):
         yield server
 
 
+def connect(server, key="none"):
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0)
+
+
 @pytest.fixture(scope="module")
 def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+    with connect(server) as client:
         yield client
 
 
@@ -279,20 +283,18 @@ def test_metrics_parse_and_count(server, client):
 
 def test_an_api_key_is_asked_for_when_set(engine):
     with ServerThread(engine, ServeConfig(port=0, model_name="tiny", api_key="s3cret", drain_seconds=1)) as server:
-        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0) as client:
-            with pytest.raises(openai.AuthenticationError):
-                client.models.list()
-        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="s3cret") as client:
+        with connect(server, "wrong") as client, pytest.raises(openai.AuthenticationError):
+            client.models.list()
+        with connect(server, "s3cret") as client:
             assert client.completions.create(model="tiny", prompt="x", max_tokens=2).choices
         with urllib.request.urlopen(f"{server.url}/health") as reply:
             assert reply.status == 200
 
 
 def test_a_model_without_chat_template_points_to_completions(lm):
-    with Engine(lm, SMALL) as engine, ServerThread(engine, CONFIG) as server:
-        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
-            error = refused(client.chat.completions.create, messages=HELLO)
-            assert "/v1/completions" in error.message
+    with Engine(lm, SMALL) as engine, ServerThread(engine, CONFIG) as server, connect(server) as client:
+        error = refused(client.chat.completions.create, messages=HELLO)
+        assert "/v1/completions" in error.message
 
 
 def test_a_failed_engine_is_unhealthy_and_says_why(chat_lm):
@@ -303,9 +305,8 @@ def test_a_failed_engine_is_unhealthy_and_says_why(chat_lm):
         with failure.value as reply:
             assert reply.code == 503
             assert "closed" in json.loads(reply.read())["status"]
-        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-            with pytest.raises(openai.InternalServerError, match="closed"):
-                client.completions.create(model="tiny", prompt="x")
+        with connect(server) as client, pytest.raises(openai.InternalServerError, match="closed"):
+            client.completions.create(model="tiny", prompt="x")
 
 
 def test_a_step_that_fails_mid_stream_is_told_in_the_stream(chat_lm, monkeypatch, caplog):
@@ -319,7 +320,7 @@ def test_a_step_that_fails_mid_stream_is_told_in_the_stream(chat_lm, monkeypatch
             return step(chunks)
 
         monkeypatch.setattr(engine._runner, "step", explode)
-        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        with connect(server) as client:
             options = {"model": "tiny", "prompt": "x", "max_tokens": 20, "extra_body": {"ignore_eos": True}}
             with pytest.raises(openai.APIError, match="the device caught fire"):
                 list(client.completions.create(**options, stream=True))

@@ -13,9 +13,12 @@ from meshloom.serve.engine import Engine
 def client():
     lm = models.load("smollm2")
     sizes = EngineConfig(max_num_seqs=2, buckets=(2, 64), kv_cache_memory=0.05)
-    with Engine(lm, sizes) as engine, ServerThread(engine, ServeConfig(port=0, model_name="smollm2")) as server:
-        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
-            yield client
+    with (
+        Engine(lm, sizes) as engine,
+        ServerThread(engine, ServeConfig(port=0, model_name="smollm2")) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client,
+    ):
+        yield client
 
 
 def test_it_knows_the_capital_of_france(client):

@@ -6,6 +6,7 @@ A command prints for people unless `json`, and returns what `--json` prints. How
 import dataclasses
 import json
 import os
+import pathlib
 import platform
 import sys
 from collections.abc import Iterator
@@ -97,7 +98,10 @@ def serve(command: cli.Serve) -> None:
     def announce(ready: dict[str, Any]) -> None:
         print(json.dumps(ready), flush=True)
 
-    serve(lm, _part(ServeConfig, command), announce if command.json else None)
+    config = _part(ServeConfig, command)
+    if config.model_name is None:
+        config = dataclasses.replace(config, model_name=pathlib.Path(command.model).name)
+    serve(lm, config, announce if command.json else None)
 
 
 def train(command: cli.Train) -> dict[str, Any]:

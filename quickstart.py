@@ -43,7 +43,9 @@ def main() -> int:
         _heading("1", "A real model behind an OpenAI-compatible server", "SmolLM2-135M-Instruct; fetched once, 93 MB.")
         with serving("smollm2") as client:
             ask(client)
-        _heading("2", "A model of your own, over 8 simulated devices", "Nobody wrote the sharding: the plan is derived.")
+        _heading(
+            "2", "A model of your own, over 8 simulated devices", "Nobody wrote the sharding: the plan is derived."
+        )
         run(TRAINING)
         console.print(f"The loss curve is in [bold]{RUN / 'loss.png'}[/bold]; the same command would go on from there.")
         _heading("3", "Your model behind the same server", "The folder of the run is served as it is.")
@@ -52,7 +54,9 @@ def main() -> int:
     except (MeshloomError, subprocess.CalledProcessError) as error:
         console.print(f"\n[bold red]quickstart stopped:[/bold red] {error}")
         return 1
-    console.print(f"\n[bold green]Done[/bold green] in {time.monotonic() - start:.0f} s. Next: README.md, or `meshloom chat`.")
+    console.print(
+        f"\n[bold green]Done[/bold green] in {time.monotonic() - start:.0f} s. Next: README.md, or `meshloom chat`."
+    )
     return 0
 
 
@@ -99,7 +103,9 @@ def ask(client: OpenAI) -> None:
         f'messages=[{{"role": "user", "content": {QUESTION!r}}}])[/cyan]'
     )
     messages = [{"role": "user", "content": QUESTION}]
-    for chunk in client.chat.completions.create(model=model, messages=messages, stream=True, max_tokens=64, temperature=0):
+    for chunk in client.chat.completions.create(
+        model=model, messages=messages, stream=True, max_tokens=64, temperature=0
+    ):
         console.print(chunk.choices[0].delta.content or "", end="", style="bold", markup=False)
     console.print()
 

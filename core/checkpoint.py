@@ -144,11 +144,13 @@ class Checkpointer:
         options = ocp.CheckpointManagerOptions(
             read_only=True, create=False, save_interval_steps=0, enable_async_checkpointing=False
         )
-        with self._failures(f"checkpoint {self.folder / str(step)} could not be read"):
-            with contextlib.closing(ocp.CheckpointManager(self.folder, options=options)) as reader:
-                self._check(step, abstract)
-                wanted = {name: _restore_args(name, tree) for name, tree in abstract.items()}
-                found = reader.restore(step, args=ocp.args.Composite(**wanted))
+        with (
+            self._failures(f"checkpoint {self.folder / str(step)} could not be read"),
+            contextlib.closing(ocp.CheckpointManager(self.folder, options=options)) as reader,
+        ):
+            self._check(step, abstract)
+            wanted = {name: _restore_args(name, tree) for name, tree in abstract.items()}
+            found = reader.restore(step, args=ocp.args.Composite(**wanted))
         return {name: found[name] if name == DATA else _like(tree, found[name]) for name, tree in abstract.items()}
 
     def restore_params(self, abstract: Any, step: int | None = None) -> Any:
@@ -165,7 +167,9 @@ class Checkpointer:
             if item == DATA:
                 continue
             handler = ocp.PyTreeCheckpointHandler()
-            held = {name: tuple(meta.shape) for name, meta in handler.metadata(self.folder / str(step) / item).tree.items()}
+            held = {
+                name: tuple(meta.shape) for name, meta in handler.metadata(self.folder / str(step) / item).tree.items()
+            }
             wanted = {name: tuple(leaf.shape) for name, leaf in _by_name(tree).items()}
             problems += [f"{item}: missing {name}" for name in wanted.keys() - held.keys()]
             problems += [f"{item}: unexpected {name}" for name in held.keys() - wanted.keys()]
@@ -215,7 +219,8 @@ def _detached(tree: Any) -> Any:
 
 
 def _is_on_cpu(array: jax.Array) -> bool:
-    return next(iter(array.sharding.device_set)).platform == "cpu"
+    device: jax.Device = next(iter(array.sharding.device_set))
+    return device.platform == "cpu"
 
 
 def _gib(count: int) -> str:

@@ -119,7 +119,9 @@ def plot_loss(metrics: list[dict[str, Any]], path: str | pathlib.Path, *, title:
     axes.set(title=title, xlabel="optimizer step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     rate = axes.twinx()
-    rate.plot(steps, [line["learning_rate"] for line in metrics], color="tab:gray", linewidth=0.8, label="learning rate")
+    rate.plot(
+        steps, [line["learning_rate"] for line in metrics], color="tab:gray", linewidth=0.8, label="learning rate"
+    )
     rate.set(ylabel="learning rate", ylim=(0, None))
     figure.legend(loc="outside upper right", ncols=2, frameon=False)
     partial = path.with_name(path.name + ".partial")

@@ -63,7 +63,7 @@ class ServeConfig:
     Attributes:
         host: address to listen on; 0.0.0.0 for every interface.
         port: port, or 0 for a free one.
-        model_name: what clients call the model.
+        model_name: what clients call the model; None is the last part of MODEL on the command line, else "meshloom".
         api_key: asked for as a bearer token under /v1; None asks for none.
         drain_seconds: how long running answers may go on after an interrupt.
         engine: sizes of the engine.
@@ -71,7 +71,7 @@ class ServeConfig:
 
     host: str = "127.0.0.1"
     port: int = 8000
-    model_name: str = "meshloom"
+    model_name: str | None = None
     api_key: str | None = None
     drain_seconds: int = 30
     engine: EngineConfig = EngineConfig()
@@ -81,7 +81,7 @@ class ServeConfig:
             raise ConfigError(f"port must lie in 0..65535; got {self.port}")
         if self.drain_seconds < 0:
             raise ConfigError(f"drain_seconds must be >= 0; got {self.drain_seconds}")
-        if not self.model_name:
+        if self.model_name == "":
             raise ConfigError("model_name must not be empty")
         if self.api_key == "":
             raise ConfigError("api_key must not be empty; leave it out to ask for none")

@@ -34,7 +34,7 @@ class ArchitectureConfig:
     d_ff: int = 768
     tie_embeddings: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"architecture.{name} must be at least 1; got {getattr(self, name)}")
@@ -107,7 +107,7 @@ class TrainConfig:
     keep: int = 2
     log_every: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         counts = ("sequence_length", "batch_size", "accumulation", "steps", "checkpoint_every", "keep", "log_every")
         for name in counts:
             if getattr(self, name) < 1:
@@ -161,7 +161,7 @@ def continuity_errors(before: Mapping[str, Any], now: Mapping[str, Any]) -> list
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    result = {}
+    result: dict[str, Any] = {}
     for name, value in values.items():
         result |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return result

@@ -66,7 +66,9 @@ def _write(documents: Documents, tokenizer: Tokenizer, eos: int, folder: pathlib
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = pathlib.Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     except OSError as error:
-        raise ConfigError(f"cannot write the token cache {folder.parent}: {error.strerror}; set XDG_CACHE_HOME") from error
+        raise ConfigError(
+            f"cannot write the token cache {folder.parent}: {error.strerror}; set XDG_CACHE_HOME"
+        ) from error
     try:
         ends, total = [], 0
         with (partial / "tokens.bin").open("wb") as out:

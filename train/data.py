@@ -36,7 +36,7 @@ class Batch:
 
 
 class PackedRows:
-    """The corpus as rows of `length + 1` tokens; neighbours share one token, so that each is predicted once an epoch."""
+    """The corpus as rows of `length + 1` tokens; neighbours share one token: each is predicted once an epoch."""
 
     def __init__(self, corpus: Corpus, length: int):
         self._corpus = corpus

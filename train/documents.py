@@ -57,7 +57,9 @@ def find_documents(data: str) -> Documents:
         return _from_files(str(path), files, path)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", data):
         return _from_hub(data)
-    raise ConfigError(f'data: there is no file or folder {path}; data is also "stdlib", or a Hugging Face id (owner/name)')
+    raise ConfigError(
+        f'data: there is no file or folder {path}; data is also "stdlib", or a Hugging Face id (owner/name)'
+    )
 
 
 def _from_files(where: str, files: list[pathlib.Path], root: pathlib.Path) -> Documents:
@@ -105,7 +107,7 @@ def _from_hub(name: str) -> Documents:
         import datasets
     except ImportError as error:
         raise ConfigError(
-            f"data: {name} is no file or folder here, so it is a Hugging Face dataset, and those need `pip install datasets`"
+            f"data: {name} is no file or folder here, so a Hugging Face dataset, and those need `pip install datasets`"
         ) from error
     try:
         table = datasets.load_dataset(name, split="train")

@@ -34,7 +34,7 @@ from meshloom.train.setup import Setup, prepare
 from meshloom.train.state import TrainState
 
 
-class TrainingDiverged(MeshloomError):
+class TrainingDivergedError(MeshloomError):
     """The loss is no longer a number."""
 
 
@@ -88,7 +88,7 @@ def train(config: TrainConfig) -> Run:
     Raises:
         ConfigError: the configuration, or the data it names, cannot be trained on; or `run_dir` holds another run.
         CheckpointError: the disk is full, `run_dir` cannot be written, or a checkpoint cannot be read.
-        TrainingDiverged: the loss is not finite; the last checkpoint from before is kept.
+        TrainingDivergedError: the loss is not finite; the last checkpoint from before is kept.
     """
     console = Console(stderr=True)
     setup = prepare(config, console)
@@ -145,7 +145,7 @@ def _steps(
                 batch = setup.place(next(batches))
             values = {name: getattr(metrics, name).item() for name in ("loss", "grad_norm", "learning_rate", "tokens")}
             if not math.isfinite(values["loss"]):
-                raise TrainingDiverged(_diverged(state.done, values["loss"], checkpoints))
+                raise TrainingDivergedError(_diverged(state.done, values["loss"], checkpoints))
             speed = meter.lap(values["tokens"])
             if jax.process_index() == 0:
                 progress.show(state.done, loss=values["loss"], **speed)

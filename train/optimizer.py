@@ -1,4 +1,4 @@
-"""AdamW with warm-up, cosine and clipping, from optax; which parameters decay is read off the model's canonical shapes."""
+"""AdamW with warm-up, cosine and clipping, from optax; which parameters decay follows from their canonical shapes."""
 
 from typing import Any
 

@@ -69,7 +69,9 @@ class Setup:
     @property
     def mesh(self) -> Mesh:
         """The devices of the run."""
-        return self.layout.mesh
+        mesh = self.layout.mesh
+        assert isinstance(mesh, Mesh)  # training has devices
+        return mesh
 
     @property
     def mesh_text(self) -> str:
@@ -146,7 +148,10 @@ class Setup:
         say = functools.partial(console.print, highlight=False, soft_wrap=True)
         say(f"data    {self.documents}: {tokens:,} tokens, vocabulary {self.tokenizer.vocab_size}")
         say(f"model   {self.model.family}, {count:,} parameters, {self.model.n_layers} layers")
-        say(f"step    {rows} x {self.config.sequence_length} tokens in {self.config.accumulation} part(s), {self.identity.dtype}")
+        say(
+            f"step    {rows} x {self.config.sequence_length} tokens in {self.config.accumulation} part(s), "
+            f"{self.identity.dtype}"
+        )
         say(f"devices {number} x {kind}, mesh {self.mesh_text}; sharding derived from the program:")
         by_spec: dict[str, list[Any]] = {}
         for row in self.layout.rows:
@@ -207,7 +212,8 @@ def _architecture(config: TrainConfig, source: ModelSource | None) -> DecoderCon
         raise ConfigError(f"model: {config.model} is an encoder-decoder; training takes decoders")
     if config.sequence_length > model.context:
         raise ConfigError(
-            f"sequence_length={config.sequence_length} is longer than {config.model}'s context of {model.context} tokens"
+            f"sequence_length={config.sequence_length} is longer than {config.model}'s context of "
+            f"{model.context} tokens"
         )
     return dataclasses.replace(model, scan_layers=config.scan_layers, remat=config.remat)
 

@@ -96,9 +96,7 @@ def abstract_weights(module: nnx.Module, optimizer: optax.GradientTransformation
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def fresh_weights(
-    module: nnx.Module, optimizer: optax.GradientTransformation, layout: Layout, *, seed: int
-) -> Weights:
+def fresh_weights(module: nnx.Module, optimizer: optax.GradientTransformation, layout: Layout, *, seed: int) -> Weights:
     """Weights drawn in place, each device its own part: the model need not fit on one.
 
     The values depend on `seed` alone, not on the mesh.
@@ -115,7 +113,7 @@ def with_optimizer(module: nnx.Module, optimizer: optax.GradientTransformation, 
 
 
 def compile_step(step: Callable[..., Any], weights: Weights, batch: Batch, layout: Layout) -> jax.stages.Compiled:
-    """Compiles a step for weights and a batch that may be abstract; the compiled one takes over the weights it is given."""
+    """Compiles a step for weights and a batch that may be abstract; what it returns takes over its weights."""
     shardings = jax.tree.map(lambda x: x.sharding, weights)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated))
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.replicated)

@@ -28,7 +28,10 @@ def _from_hf(hf: HFConfig) -> DecoderConfig:
         norm_eps=hf.take("layer_norm_eps", 1e-5),
         parallel=hf.take("use_parallel_residual", True),
         rope=rope_from_hf(
-            hf, context=context, theta=hf.take("rotary_emb_base", 10_000.0), fraction=hf.take("rotary_pct", 0.25)
+            hf,
+            context=context,
+            theta=float(hf.take("rotary_emb_base", 1e4)),
+            fraction=float(hf.take("rotary_pct", 0.25)),
         ),
         qkv_bias=bias,
         out_bias=bias,

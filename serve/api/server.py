@@ -48,7 +48,7 @@ def _listen(config: ServeConfig) -> tuple[socket.socket, str]:
 
 
 def _server(engine: Engine, config: ServeConfig, on_ready: Callable[[], None]) -> _Server:
-    app = make_app(engine, config.model_name, config.api_key)
+    app = make_app(engine, config.model_name or "meshloom", config.api_key)
     settings = uvicorn.Config(
         app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=config.drain_seconds
     )
@@ -66,9 +66,10 @@ def serve(
         ConfigError: the port is taken.
     """
     config = config or ServeConfig()
+    name = config.model_name or "meshloom"
     console = Console(stderr=True, highlight=False)
     listener, url = _listen(config)
-    with listener, Engine(lm, config.engine, name=config.model_name) as engine:
+    with listener, Engine(lm, config.engine, name=name) as engine:
         size = engine.cache
         console.print(f"compiled {len(config.engine.buckets)} step programs in {engine.start_up_seconds:.1f} s")
         console.print(
@@ -77,9 +78,9 @@ def serve(
         )
 
         def announce() -> None:
-            console.print(f"[bold]{config.model_name}[/bold] is ready at [bold]{url}/v1[/bold] (Ctrl-C stops it)")
+            console.print(f"[bold]{name}[/bold] is ready at [bold]{url}/v1[/bold] (Ctrl-C stops it)")
             if on_ready is not None:
-                on_ready({"url": url, "model": config.model_name, "start_up_seconds": engine.start_up_seconds})
+                on_ready({"url": url, "model": name, "start_up_seconds": engine.start_up_seconds})
 
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn drains, then raises the interrupt again
             _server(engine, config, announce).run([listener])

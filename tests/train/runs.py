@@ -53,7 +53,10 @@ def start_process(config: TrainConfig, devices: int) -> subprocess.Popen[str]:
         "from meshloom.train.loop import train; train(from_dict(TrainConfig, json.loads(sys.argv[1])))"
     )
     # Half of the time of such a process is compiling the same step again.
-    compiled = {"JAX_COMPILATION_CACHE_DIR": os.environ["XDG_CACHE_HOME"], "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1"}
+    compiled = {
+        "JAX_COMPILATION_CACHE_DIR": os.environ["XDG_CACHE_HOME"],
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
+    }
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"} | compiled
     arguments = [sys.executable, "-c", script, json.dumps(to_dict(config))]
     return subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True)

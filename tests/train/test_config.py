@@ -29,7 +29,7 @@ def test_nonsense_is_refused_with_its_numbers(values, message):
 
 
 def test_heads_that_do_not_divide_are_refused():
-    with pytest.raises(ConfigError, match="n_kv_heads=3 must divide architecture.n_heads=8"):
+    with pytest.raises(ConfigError, match=r"n_kv_heads=3 must divide architecture\.n_heads=8"):
         ArchitectureConfig(n_kv_heads=3)
 
 

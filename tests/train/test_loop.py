@@ -63,7 +63,7 @@ def test_a_complete_run_is_returned_as_it_is(finished, capsys):
 
 
 def test_a_changed_configuration_is_refused_and_named(finished):
-    run, config = finished
+    _, config = finished
     with pytest.raises(ConfigError, match=r"learning_rate: 0\.01 -> 0\.5.*another run_dir"):
         train(dataclasses.replace(config, learning_rate=0.5))
     with pytest.raises(ConfigError, match=r"steps: 12 -> 20.*schedule=constant"):
@@ -114,7 +114,7 @@ def no_step(monkeypatch):
 
 def test_an_unwritable_folder_is_reported_before_the_first_step(tmp_path, no_step):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot write to .*file/run"):
+    with pytest.raises(CheckpointError, match=r"cannot write to .*file/run"):
         train(tiny_config(tmp_path, run_dir=tmp_path / "file" / "run"))
 
 
@@ -141,7 +141,7 @@ def test_a_vocabulary_beyond_the_model_is_refused(tmp_path, no_step):
 
 
 def test_training_starts_from_the_weights_of_a_run(finished, tmp_path):
-    run, config = finished
+    run, _ = finished
     tuned = train(tiny_config(tmp_path, model=str(run.folder), steps=1, learning_rate=1e-6))
     assert abs(tuned.final_loss - run.final_loss) < 0.5  # fresh weights would begin a unit higher
     assert tuned.load().config == run.load().config

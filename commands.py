@@ -114,7 +114,8 @@ def train(command: cli.Train) -> dict[str, Any]:
 def plan(command: cli.Plan) -> dict[str, Any]:
     count = parse_devices(command.devices).count or len(jax.devices())
     mesh = abstract_mesh(command.mesh or default_axes(command.model, count), count)
-    layout = derive(abstract(command.model)[1], mesh)
+    # Stacked, equal layers are one row of the table, and tracing does not grow with depth.
+    layout = derive(abstract(command.model, scan_layers=True)[1], mesh)
     if not command.json:
         # A pipe has no width: wide enough for the longest names, so that a row stays a line.
         Console(width=None if sys.stdout.isatty() else 180).print(table(layout))

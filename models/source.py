@@ -91,8 +91,12 @@ def resolve(source: str | pathlib.Path) -> ModelSource:
     raise ModelError(_unknown(text))
 
 
-def abstract(source: str | pathlib.Path) -> tuple[ModelConfig, nnx.Module]:
-    """Configuration and abstract module (shapes without weights) of a source, in its own dtype; reads no weights."""
+def abstract(source: str | pathlib.Path, *, scan_layers: bool | None = None) -> tuple[ModelConfig, nnx.Module]:
+    """Configuration and abstract module (shapes without weights) of a source, in its own dtype; reads no weights.
+
+    Args:
+        scan_layers: with the layers stacked, or unrolled; None is as the source has it.
+    """
     text, path = str(source), pathlib.Path(source).expanduser()
     if text == "smollm2":
         config, dtype = PRESETS["smollm2-135m"], jnp.float32
@@ -102,6 +106,8 @@ def abstract(source: str | pathlib.Path) -> tuple[ModelConfig, nnx.Module]:
     else:
         resolved = resolve(source)
         config, dtype = resolved.config, resolved.dtype
+    if scan_layers is not None:
+        config = dataclasses.replace(config, scan_layers=scan_layers)
     return config, abstract_module(config, dtype)
 
 

@@ -110,16 +110,18 @@ class Plan(Model):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Convert(Common):
-    """Write a model as a Hugging Face folder that transformers opens.
+    """Convert a model: to a Hugging Face folder that transformers opens, or to Meshloom's own checkpoint.
 
     Attributes:
-        source: what to convert: anything that `meshloom serve` takes.
+        source: what to convert: anything that `meshloom serve` takes, a run's folder included.
         out: folder to write; an existing model there is replaced once all is written.
+        to: form to write; Meshloom's is an orbax checkpoint that any mesh restores.
         dtype: type of the written weights; auto keeps the source's.
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")] = tyro.MISSING
     out: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = tyro.MISSING
+    to: Literal["huggingface", "meshloom"] = "huggingface"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 

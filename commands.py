@@ -137,10 +137,14 @@ def plan(command: cli.Plan) -> dict[str, Any]:
 
 def convert(command: cli.Convert) -> dict[str, Any]:
     dtype = jnp.dtype(resolve(command.source).dtype if command.dtype == "auto" else command.dtype)
-    models.load(command.source, dtype=dtype).save(command.out)
+    lm = models.load(command.source, dtype=dtype)
+    if command.to == "huggingface":
+        lm.save(command.out)
+    else:
+        lm.save_checkpoint(command.out)
     if not command.json:
         print(f"wrote {command.source} as {dtype.name} to {command.out}")
-    return {"source": command.source, "out": str(command.out), "dtype": dtype.name}
+    return {"source": command.source, "out": str(command.out), "to": command.to, "dtype": dtype.name}
 
 
 def bench_serve(command: cli.BenchServe) -> dict[str, Any]:

@@ -85,6 +85,16 @@ class LanguageModel:
             dtype = jax.tree.leaves(nnx.state(self.module, nnx.Param))[0].dtype.name
             write_json(partial / "config.json", family.write_config(self.config) | special | {"dtype": dtype})
 
+    def save_checkpoint(self, folder: str | pathlib.Path) -> None:
+        """Write Meshloom's own form, as training does: an orbax checkpoint that any mesh restores, and the tokenizer.
+
+        Raises:
+            CheckpointError: the folder holds other things, or cannot be written; it is left as it was.
+        """
+        from meshloom.models.run_weights import write_run  # orbax takes 1.5 s to import
+
+        write_run(folder, self.module, self.config, self.tokenizer)
+
 
 def load(
     source: str | pathlib.Path,

@@ -1,4 +1,4 @@
-"""Weights of a training run's newest checkpoint, restored straight into their places."""
+"""Weights in Meshloom's own form: the newest checkpoint of a training run, or a folder written to look like one."""
 
 import pathlib
 from typing import Any
@@ -7,6 +7,12 @@ import jax
 from flax import nnx
 
 from meshloom.core.checkpoint import Checkpointer
+from meshloom.models.config import ModelConfig
+from meshloom.models.config_dict import config_to_dict
+from meshloom.models.tokenizer import Tokenizer
+from meshloom.models.weights import replacing, write_json
+
+FORMAT = 1
 
 
 def read_run(folder: pathlib.Path, module: nnx.Module, shardings: Any = None) -> nnx.Module:
@@ -23,3 +29,19 @@ def read_run(folder: pathlib.Path, module: nnx.Module, shardings: Any = None) ->
     params = Checkpointer(folder).restore_params(nnx.to_pure_dict(wanted))
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state)
+
+
+def write_run(folder: str | pathlib.Path, module: nnx.Module, config: ModelConfig, tokenizer: Tokenizer | None) -> None:
+    """A folder that `load` reads like that of a run of 0 steps: configuration, tokenizer and an orbax checkpoint.
+
+    Raises:
+        CheckpointError: the folder holds other things, such as a run, or cannot be written; it is left as it was.
+    """
+    with replacing(folder) as partial:
+        if tokenizer is not None:
+            tokenizer.save(partial / "tokenizer")
+        with Checkpointer(partial / "checkpoints") as checkpoints:
+            checkpoints.save(0, {"params": nnx.to_pure_dict(nnx.state(module, nnx.Param))}, wait=True)
+        dtype = jax.tree.leaves(nnx.state(module, nnx.Param))[0].dtype.name
+        description = {"format": FORMAT, "family": config.family, "model": config_to_dict(config), "weights": dtype}
+        write_json(partial / "meshloom.json", description)

@@ -212,6 +212,7 @@ def _from_run(folder: pathlib.Path) -> ModelSource:
     try:
         values = json.loads((folder / "meshloom.json").read_text(encoding="utf-8"))
         config = config_from_dict(values["model"])
+        dtype = jnp.dtype(values.get("weights", "float32"))  # training keeps float32 masters and does not say so
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / 'meshloom.json'} cannot be read: {type(error).__name__}: {error}") from error
     family_named(config.family)
@@ -224,9 +225,7 @@ def _from_run(folder: pathlib.Path) -> ModelSource:
         trained = read_run(folder / "checkpoints", abstract_module(config, _dtype_of(module)))
         return restack(trained, module, shardings=shardings)
 
-    return ModelSource(
-        str(folder), config, jnp.float32, functools.partial(_folder_tokenizer, folder / "tokenizer"), weights
-    )
+    return ModelSource(str(folder), config, dtype, functools.partial(_folder_tokenizer, folder / "tokenizer"), weights)
 
 
 def _download(repository: str, files: list[str] | None = None) -> pathlib.Path:

@@ -202,6 +202,18 @@ def test_plan_shows_a_table_with_one_line_per_parameter(capsys):
     assert "P(tensor, fsdp)" in line
 
 
+def test_convert_goes_to_meshloom_and_back_unchanged(tmp_path, capsys):
+    first, native, back = (str(tmp_path / name) for name in ("first", "native", "back"))
+    assert run(capsys, "convert", "tiny", first)[0] == 0
+    assert run(capsys, "convert", first, native, "--to", "meshloom")[0] == 0
+    assert run(capsys, "convert", native, back)[0] == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "back")]
+    assert weights[0] == weights[1]
+    status, _, err = run(capsys, "convert", "tiny", native)
+    assert status == 2
+    assert "which no model has: save into a new or empty folder" in err
+
+
 @pytest.mark.parametrize(
     ("model", "devices", "mesh"),
     [

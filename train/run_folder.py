@@ -15,10 +15,9 @@ from meshloom.core.config import to_dict
 from meshloom.core.errors import CheckpointError, ConfigError
 from meshloom.models.config import ModelConfig
 from meshloom.models.config_dict import config_to_dict
+from meshloom.models.run_weights import FORMAT
 from meshloom.models.tokenizer import Tokenizer
 from meshloom.train.config import TrainConfig, continuity_errors
-
-FORMAT = 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,10 +24,10 @@ QUESTION = "What is the capital of France?"
 # 17 s of compiling on two cores instead of 45: one stream decodes in the first program, prompts use the others.
 SMALL_ENGINE = ("--engine.buckets", "1", "32", "128", "--engine.max-num-seqs", "4")
 TRAINING = (
-    *("train", "--data", "stdlib", "--devices", "cpu:8", "--mesh", "fsdp=4,tensor=2", "--steps", "120"),
+    *("train", "--data", "stdlib", "--devices", "cpu:8", "--mesh", "fsdp=4,tensor=2", "--steps", "250"),
     *("--sequence-length", "128", "--batch-size", "16", "--vocab-size", "2048", "--learning-rate", "3e-3"),
     *("--architecture.d-model", "128", "--architecture.d-ff", "384", "--architecture.n-layers", "3"),
-    *("--architecture.n-heads", "4", "--architecture.n-kv-heads", "2", "--checkpoint-every", "60"),
+    *("--architecture.n-heads", "4", "--architecture.n-kv-heads", "2", "--checkpoint-every", "100"),
     *("--run-dir", str(RUN)),
 )
 

@@ -24,9 +24,9 @@ from meshloom.core.errors import CheckpointError
 # The item that is JSON; all others are pytrees of arrays.
 DATA = "data"
 
-# A line per file and thread; what a person should know is printed by the loop. Their errors reach us as exceptions.
-absl_logging.set_verbosity(absl_logging.ERROR)
-logging.getLogger("orbax").setLevel(logging.ERROR)
+# Orbax logs a line per file and thread, and tracebacks of errors that reach us as exceptions anyway.
+absl_logging.set_verbosity(absl_logging.FATAL)
+logging.getLogger("orbax").setLevel(logging.CRITICAL)
 
 
 def check_writable(folder: str | pathlib.Path, needed_bytes: int) -> None:
@@ -101,8 +101,9 @@ class Checkpointer:
                 self._writer = ocp.CheckpointManager(self.folder, options=self._options())
             # One at a time: a save must not start while an older one is deleted to make room for it.
             self._writer.wait_until_finished()
+            # Host copies on a CPU are views of device memory; while one is held, JAX copies instead of donating.
             arguments = {
-                name: ocp.args.JsonSave(value) if name == DATA else ocp.args.PyTreeSave(_by_name(_detached(value)))
+                name: ocp.args.JsonSave(value) if name == DATA else ocp.args.PyTreeSave(_by_name(value))
                 for name, value in items.items()
             }
             self._writer.save(step, args=ocp.args.Composite(**arguments), force=True)
@@ -179,7 +180,8 @@ class Checkpointer:
                 if wanted[name] != held[name]
             ]
         if problems:
-            raise CheckpointError(f"checkpoint {self.folder / str(step)} does not fit: {'; '.join(sorted(problems))}")
+            shown, more = sorted(problems)[:12], f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
+            raise CheckpointError(f"checkpoint {self.folder / str(step)} does not fit: {'; '.join(shown)}{more}")
 
     @contextlib.contextmanager
     def _failures(self, what: str) -> Iterator[None]:
@@ -210,17 +212,6 @@ def _restore_args(name: str, tree: Any) -> Any:
         return ocp.args.JsonRestore()
     wanted = _by_name(tree)
     return ocp.args.PyTreeRestore(item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted))
-
-
-def _detached(tree: Any) -> Any:
-    """The arrays, safe from donation: on a CPU a host copy is a view of the very memory that a donation overwrites."""
-    on_cpu = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array) and _is_on_cpu(leaf)]
-    return jax.block_until_ready(jax.tree.map(jax.numpy.copy, tree)) if on_cpu else tree
-
-
-def _is_on_cpu(array: jax.Array) -> bool:
-    device: jax.Device = next(iter(array.sharding.device_set))
-    return device.platform == "cpu"
 
 
 def _gib(count: int) -> str:

@@ -100,13 +100,18 @@ class Layout:
         axes = tuple(axis for axis in ("data", "fsdp") if self.mesh.shape.get(axis, 1) > 1)
         return PartitionSpec(axes or None, None)
 
+    @property
+    def batch_ways(self) -> int:
+        """Over how many devices the rows of a batch are spread."""
+        return self.mesh.shape.get("data", 1) * self.mesh.shape.get("fsdp", 1)
+
     def batch_sharding(self, batch: int) -> NamedSharding:
         """The sharding of token batches `[batch, T]`.
 
         Raises:
             ShardingError: `batch` rows do not divide over the `data` and `fsdp` axes.
         """
-        ways = self.mesh.shape.get("data", 1) * self.mesh.shape.get("fsdp", 1)
+        ways = self.batch_ways
         if batch % ways:
             lower = batch // ways * ways
             nearest = f"{lower} or {lower + ways}" if lower else f"{ways}"

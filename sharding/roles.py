@@ -47,6 +47,7 @@ class Roles:
             product or the columns of a lookup), contract it, or hold one matrix for each of its elements. Keys are in
             program order.
         shared_heads: head leaves that queries and keys have in common.
+        joins: the steps at which the residual meets what was computed from it.
     """
 
     by_leaf: dict[Dim, Role]
@@ -54,6 +55,7 @@ class Roles:
     contracted: Uses
     picked: Uses
     shared_heads: frozenset[Dim]
+    joins: tuple[Step, ...]
     _heads_in: tuple[frozenset[Dim], ...]
     _sets_with: dict[Dim, set[frozenset[Dim]]]
 
@@ -84,7 +86,7 @@ def infer(program: Program) -> Roles:
         for step in program.steps
         if isinstance(step.fact, Product) and all(value.kind == Kind.ACTIVATION for value in step.inputs[:2])
     ]
-    residual = _residual(program.steps)
+    residual, joins = _residual(program.steps)
     certain, shared, grouped = _heads(products, produced, in_weights)
     shared -= residual - certain
     heads = shared | (grouped - residual)
@@ -112,7 +114,7 @@ def infer(program: Program) -> Roles:
     for together in heads_in:
         for leaf in together:
             sets_with[leaf].add(together)
-    return Roles(by_leaf, produced, contracted, picked, frozenset(shared), heads_in, dict(sets_with))
+    return Roles(by_leaf, produced, contracted, picked, frozenset(shared), tuple(joins), heads_in, dict(sets_with))
 
 
 def _weight_uses(steps: tuple[Step, ...]) -> tuple[Uses, Uses, Uses, list[Lookup]]:
@@ -213,10 +215,11 @@ class _Ledger:
         return bits
 
 
-def _residual(steps: tuple[Step, ...]) -> set[Dim]:
-    """Leaves that are added to what was computed from them: carried from layer to layer."""
+def _residual(steps: tuple[Step, ...]) -> tuple[set[Dim], list[Step]]:
+    """Leaves that are added to what was computed from them: carried from layer to layer; and where that happens."""
     ledger = _Ledger()
     residual: set[Dim] = set()
+    joins: list[Step] = []
     for step in steps:
         live = spent = gained = 0
         for value in step.inputs:
@@ -238,11 +241,11 @@ def _residual(steps: tuple[Step, ...]) -> set[Dim]:
                 again = (ledger.live.get(a, 0) & ledger.spent.get(b, 0)) | (
                     ledger.live.get(b, 0) & ledger.spent.get(a, 0)
                 )
-                if again:
-                    residual |= {
-                        leaf for leaf in leaves_of(step.outputs[0].dims) if again & ledger.sources.get(leaf, 0)
-                    }
+                met = {leaf for leaf in leaves_of(step.outputs[0].dims) if again & ledger.sources.get(leaf, 0)}
+                if met:
+                    residual |= met
+                    joins.append(step)
         for value in step.outputs:
             ledger.live[value] = live | gained
             ledger.spent[value] = spent
-    return residual
+    return residual, joins

@@ -21,11 +21,12 @@ from meshloom.sharding.values import Dims, Fact, Kind, Meeting, Source, Value
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One primitive's inputs and outputs, and what it says about roles, if anything."""
+    """One primitive's inputs and outputs, what it says about roles, if anything, and its equation, where it has one."""
 
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     fact: Fact | None = None
+    equation: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Program:
         steps: in program order.
         stacks: leading dimensions of weights that a scan runs over.
         unknown: how often each primitive without a rule was met.
+        jaxpr: what was read; it takes the leaves of the state and of the inputs.
+        result: structure of what the module returns.
     """
 
     parameters: tuple[Parameter, ...]
@@ -57,6 +60,8 @@ class Program:
     steps: tuple[Step, ...]
     stacks: tuple[Dim, ...]
     unknown: collections.Counter
+    jaxpr: Any
+    result: Any
 
 
 def trace(module: nnx.Module, example_inputs: Sequence[Any]) -> Program:
@@ -75,7 +80,7 @@ def trace(module: nnx.Module, example_inputs: Sequence[Any]) -> Program:
         return nnx.merge(graphdef, parameters, rest)(*inputs)
 
     try:
-        jaxpr: Any = jax.make_jaxpr(forward)(parameters, rest, inputs).jaxpr
+        jaxpr, returned = jax.make_jaxpr(forward, return_shape=True)(parameters, rest, inputs)
     except Exception as error:
         raise ShardingError(
             f"{type(module).__name__} cannot be traced with inputs ({_describe(inputs)}): {error}. "
@@ -95,7 +100,15 @@ def trace(module: nnx.Module, example_inputs: Sequence[Any]) -> Program:
     reader.steps.append(Step((), entering, Source()))
     leaving = reader.run(jaxpr, [*weights, *others, *entering])
     return Program(
-        described, treedef, entering, tuple(leaving), tuple(reader.steps), tuple(reader.stacks), reader.unknown
+        described,
+        treedef,
+        entering,
+        tuple(leaving),
+        tuple(reader.steps),
+        tuple(reader.stacks),
+        reader.unknown,
+        jaxpr,
+        jax.tree.structure(returned),
     )
 
 
@@ -169,7 +182,7 @@ class _Reader:
             result = [fresh(shape) for shape in shapes], None
         dims, fact = result
         outputs = [_derived(each, inputs) for each in dims]
-        self.steps.append(Step(tuple(inputs), tuple(outputs), fact))
+        self.steps.append(Step(tuple(inputs), tuple(outputs), fact, equation))
         return outputs
 
     def _loop(

@@ -188,7 +188,7 @@ def test_plan_is_json_with_every_parameter(capsys):
     assert plan["mesh"] == {"fsdp": 4, "tensor": 2}
     rows = {row["parameter"]: row for row in plan["parameters"]}
     gate = next(row for name, row in rows.items() if name.endswith("0.mlp.gate.weight"))
-    assert gate["spec"] == "P(tensor, fsdp)"
+    assert gate["spec"] == "P(None, tensor, fsdp)"
     assert gate["rule"] == "pair + store"
     assert gate["bytes_per_device"] * 8 == 2 * gate["shape"][0] * gate["shape"][1]
     assert plan["bytes_per_device"] == sum(row["bytes_per_device"] for row in plan["parameters"])

@@ -90,7 +90,7 @@ def train(config: TrainConfig) -> Run:
         CheckpointError: the disk is full, `run_dir` cannot be written, or a checkpoint cannot be read.
         TrainingDivergedError: the loss is not finite; the last checkpoint from before is kept.
     """
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)
     setup = prepare(config, console)
     folder = RunFolder(config.run_dir)
     with Checkpointer(folder.checkpoints, keep=config.keep) as checkpoints:

@@ -107,7 +107,7 @@ class Setup:
 
     def compiled_step(self) -> jax.stages.Compiled:
         """The step, compiled."""
-        step = make_step(self.module, self.optimizer, self.schedule, dtype=self.dtype)
+        step = make_step(self.module, self.optimizer, self.schedule, dtype=self.dtype, layout=self.layout)
         return compile_step(step, self.abstract_weights, self.abstract_batch, self.layout)
 
     def batches(self) -> Batches:

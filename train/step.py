@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from meshloom.models.random_weights import random_weights
 from meshloom.models.sequence import Packed
+from meshloom.sharding.constrain import constrained, plain
 from meshloom.sharding.layout import Layout
 from meshloom.train.data import Batch
 from meshloom.train.objectives import next_token_loss
@@ -46,20 +47,26 @@ class StepMetrics:
 
 
 def make_step(
-    module: nnx.Module, optimizer: optax.GradientTransformation, schedule: optax.Schedule, *, dtype: Any
+    module: nnx.Module,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    dtype: Any,
+    layout: Layout | None = None,
 ) -> Callable[[Weights, Batch, Int[Array, ""]], tuple[Weights, StepMetrics]]:
     """The step as a function of (weights, batch `[A, B, T + 1]`, number of the step from 0), to be traced or jitted.
 
     Args:
         module: abstract or not; only its structure is used.
         dtype: of the computation.
+        layout: keeps activations split by rows on its mesh; without one the step has no constraints.
     """
-    graphdef, _ = nnx.split(module)
+    forward = plain(module) if layout is None else constrained(module, layout)
 
     def loss_of(params: Any, part: Batch) -> tuple[Float[Array, ""], Int[Array, ""]]:
         computed = jax.tree.map(lambda x: x.astype(dtype), params)
-        layout = Packed(part.segment_ids[:, :-1], part.positions[:, :-1])
-        logits, _ = nnx.merge(graphdef, computed)(part.tokens[:, :-1], layout)
+        packed = Packed(part.segment_ids[:, :-1], part.positions[:, :-1])
+        logits, _ = forward(computed, part.tokens[:, :-1], packed)
         return next_token_loss(logits, part.tokens, part.segment_ids)
 
     def add_part(params: Any, total: Any, part: Batch) -> tuple[Any, None]:

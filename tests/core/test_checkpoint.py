@@ -1,6 +1,8 @@
 """Checkpoints: complete or absent, safe from donation, readable under any sharding."""
 
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +84,31 @@ def test_leftovers_of_a_killed_save_are_ignored_and_removed(tmp_path):
         checkpoints.save(2, {"params": {"w": jnp.ones(4)}})
     assert not leftover.exists()
     assert Checkpointer(tmp_path).steps() == [1, 2]
+
+
+FILLS_UP = """
+import resource, sys
+import jax, jax.numpy as jnp
+from meshloom.core.checkpoint import Checkpointer
+from meshloom.core.errors import CheckpointError
+with Checkpointer(sys.argv[1]) as checkpoints:
+    checkpoints.save(1, {"params": {"w": jnp.ones(10)}}, wait=True)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    checkpoints.save(2, {"params": {"w": jax.random.normal(jax.random.key(0), (300_000,))}})
+    try:
+        checkpoints.wait()
+    except CheckpointError as error:
+        print(error)
+"""
+
+
+def test_a_save_that_fails_in_the_background_is_one_error_and_costs_no_checkpoint(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FILLS_UP, tmp_path], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"a checkpoint could not be written to {tmp_path}: ")
+    assert "File too large" in done.stdout
+    assert done.stderr == ""
+    assert Checkpointer(tmp_path).steps() == [1]
 
 
 def test_every_misfit_is_named(tmp_path):

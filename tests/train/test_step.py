@@ -56,7 +56,7 @@ def run(axes: dict[str, int], *, accumulation: int = 1, dtype=jnp.float32, steps
     optimizer, schedule = make_optimizer(CONFIG, module), make_schedule(CONFIG)
     weights = fresh_weights(module, optimizer, layout, seed=0)
     batch = abstract_batch(layout, accumulation=accumulation, rows=ROWS, length=LENGTH)
-    step = make_step(module, optimizer, schedule, dtype=dtype)
+    step = make_step(module, optimizer, schedule, dtype=dtype, layout=layout)
     compiled = compile_step(step, abstract_weights(module, optimizer, layout), batch, layout)
     metrics = []
     for number in range(steps):

@@ -1,0 +1,140 @@
+"""Keeps the residual stream of a module split by rows, whatever the partitioner would make of the weights' splits.
+
+A weight that is stored split over `fsdp` tempts XLA to split activations the same way: it then moves whole activations
+between layers where it should gather weights. Constraints on the residual stream, wherever the program looks it up from
+a table or adds to it, prevent that. Where this is comes from the traced program (`trace`, `roles`): the module stays
+free of meshes, and values, gradients and recomputation are those of the module.
+
+Layers inside scan, while, jit and checkpoint are reached. What stands in a custom derivative, a cond or a shard_map
+stays as it is.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.extend.core import Jaxpr, JaxprEqn, Var, jaxpr_as_fun
+from jax.sharding import NamedSharding, PartitionSpec
+
+from meshloom.sharding.classes import find, leaves, leaves_of
+from meshloom.sharding.layout import Layout
+from meshloom.sharding.roles import Roles, infer
+from meshloom.sharding.trace import Program, Step, trace
+from meshloom.sharding.values import Kind, Lookup, Value
+
+# Primitives whose body runs as a part of the program around it, and the parameter that holds it.
+_BODIES = {"scan": "jaxpr", "while": "body_jaxpr", "jit": "jaxpr", "remat2": "jaxpr"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """Shardings for the first result of an equation, and for its first operand where that is a table."""
+
+    result: NamedSharding
+    table: NamedSharding | None
+
+
+def plain(module: nnx.Module) -> Callable[..., Any]:
+    """The forward pass of `module` as a function `(state, *inputs) -> module(*inputs)`."""
+    graphdef, _ = nnx.split(module)
+    return lambda state, *inputs: nnx.merge(graphdef, state)(*inputs)
+
+
+def constrained(module: nnx.Module, layout: Layout) -> Callable[..., Any]:
+    """`plain(module)` with the residual stream split like batches are; the same where nothing splits batches.
+
+    Args:
+        module: abstract or not; only its structure is used.
+        layout: derived for this module.
+    Returns:
+        A function of `nnx.state(module)`, in any dtype, and positional inputs: arrays or pytrees, batch first.
+    """
+    if layout.batch_ways == 1:
+        return plain(module)
+    graphdef, _ = nnx.split(module)
+
+    def forward(state: Any, *inputs: Any) -> Any:
+        merged = nnx.merge(graphdef, state)
+        program = trace(merged, inputs)
+        run = jaxpr_as_fun(_rewritten(program.jaxpr, _wanted(program, layout), {}))
+        _, *states = nnx.split(merged, nnx.Param, ...)
+        return jax.tree.unflatten(program.result, run(*jax.tree.leaves((*states, inputs))))
+
+    return forward
+
+
+def _wanted(program: Program, layout: Layout) -> dict[int, _Wanted]:
+    """By id, the equations that begin or continue the residual stream of whole rows, the batch outermost."""
+    roles = infer(program)
+    rows = NamedSharding(layout.mesh, PartitionSpec(layout.batch_spec[0]))
+
+    def splits(value: Value) -> bool:
+        outermost = leaves(value.dims[0])[:1]
+        is_batch = any(roles.by_leaf.get(leaf) == "batch" for leaf in outermost)
+        return is_batch and value.dims[0].size % layout.batch_ways == 0
+
+    lookups = [step for step in program.steps if _begins(step, roles)]
+    tables = [_gathered(step.inputs[0], program, layout) for step in lookups]
+    joins = [step for step in roles.joins if step.equation is not None]  # a loop's carry has none
+    steps = [*zip(lookups, tables, strict=True), *((step, None) for step in joins)]
+    return {id(step.equation): _Wanted(rows, table) for step, table in steps if splits(step.outputs[0])}
+
+
+def _begins(step: Step, roles: Roles) -> bool:
+    """Whether a table of weights is looked up into the residual."""
+    if not isinstance(step.fact, Lookup) or step.inputs[0].kind != Kind.WEIGHT:
+        return False
+    return any(roles.by_leaf.get(leaf) == "residual" for leaf in leaves_of(step.fact.columns))
+
+
+def _gathered(table: Value, program: Program, layout: Layout) -> NamedSharding | None:
+    """How a table is stored, but whole over the axes that split the batch: rows of it are needed on all of them.
+
+    None for what is not a parameter as it is stored, in some dtype.
+    """
+    for index in table.parameters:
+        if list(map(find, table.dims)) == list(map(find, program.parameters[index].dims)):
+            kept = (None if axis in ("data", "fsdp") else axis for axis in layout.rows[index].spec)
+            return NamedSharding(layout.mesh, PartitionSpec(*kept))
+    return None
+
+
+def _rewritten(jaxpr: Jaxpr, wanted: dict[int, _Wanted], done: dict[int, Jaxpr]) -> Jaxpr:
+    """The same program with constraints around the wanted equations, in bodies too.
+
+    A body that many equations share stays shared: `done` maps the id of each to what it became.
+    """
+    if id(jaxpr) not in done:
+        equations: list[JaxprEqn] = []
+        for equation in jaxpr.eqns:
+            if body := _BODIES.get(equation.primitive.name):
+                inner = _rewritten(equation.params[body], wanted, done)
+                equations.append(equation.replace(params=equation.params | {body: inner}))
+            elif want := wanted.get(id(equation)):
+                equations += _with_constraints(equation, want)
+            else:
+                equations.append(equation)
+        done[id(jaxpr)] = jaxpr.replace(eqns=equations)
+    return done[id(jaxpr)]
+
+
+def _with_constraints(equation: JaxprEqn, want: _Wanted) -> list[JaxprEqn]:
+    """`equation` between constraints; the last one's result takes over the name of the equation's."""
+    before: list[JaxprEqn] = []
+    (operand, *operands), (result, *results) = equation.invars, equation.outvars
+    if want.table is not None:
+        whole = Var(operand.aval)
+        before.append(_constraint(operand, whole, want.table, equation))
+        operand = whole
+    free = Var(result.aval)
+    within = equation.replace(invars=[operand, *operands], outvars=[free, *results])
+    return [*before, within, _constraint(free, result, want.result, equation)]
+
+
+def _constraint(source: Var, target: Var, sharding: NamedSharding, beside: JaxprEqn) -> JaxprEqn:
+    """`target = with_sharding_constraint(source, sharding)`, from the same line of the module as `beside`."""
+    example = jax.ShapeDtypeStruct(source.aval.shape, source.aval.dtype)
+    (equation,) = jax.make_jaxpr(lambda x: jax.lax.with_sharding_constraint(x, sharding))(example).eqns
+    return equation.replace(invars=[source], outvars=[target], source_info=beside.source_info)

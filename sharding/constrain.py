@@ -133,7 +133,7 @@ def _with_constraints(equation: JaxprEqn, want: _Wanted) -> list[JaxprEqn]:
     return [*before, within, _constraint(free, result, want.result, equation)]
 
 
-def _constraint(source: Var, target: Var, sharding: NamedSharding, beside: JaxprEqn) -> JaxprEqn:
+def _constraint(source: Any, target: Var, sharding: NamedSharding, beside: JaxprEqn) -> JaxprEqn:
     """`target = with_sharding_constraint(source, sharding)`, from the same line of the module as `beside`."""
     example = jax.ShapeDtypeStruct(source.aval.shape, source.aval.dtype)
     (equation,) = jax.make_jaxpr(lambda x: jax.lax.with_sharding_constraint(x, sharding))(example).eqns

@@ -92,7 +92,8 @@ def trace(module: nnx.Module, example_inputs: Sequence[Any]) -> Program:
     described = tuple(Parameter(_name(path), leaf.shape, leaf.dtype, fresh(leaf.shape)) for path, leaf in named)
     weights = [Value(each.dims, Kind.WEIGHT, frozenset([i])) for i, each in enumerate(described)]
     n_rest = len(jax.tree.leaves(rest))
-    shapes = [var.aval.shape for var in jaxpr.invars[len(weights) :]]
+    arguments: list[Any] = jaxpr.invars[len(weights) :]
+    shapes = [var.aval.shape for var in arguments]
     others = [Value(fresh(shape)) for shape in shapes[:n_rest]]
     entering = tuple(Value(fresh(shape), Kind.ACTIVATION) for shape in shapes[n_rest:])
 

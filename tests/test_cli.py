@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -190,7 +191,7 @@ def test_plan_is_json_with_every_parameter(capsys):
     gate = next(row for name, row in rows.items() if name.endswith("0.mlp.gate.weight"))
     assert gate["spec"] == "P(None, tensor, fsdp)"
     assert gate["rule"] == "pair + store"
-    assert gate["bytes_per_device"] * 8 == 2 * gate["shape"][0] * gate["shape"][1]
+    assert gate["bytes_per_device"] * 8 == 2 * math.prod(gate["shape"])
     assert plan["bytes_per_device"] == sum(row["bytes_per_device"] for row in plan["parameters"])
 
 

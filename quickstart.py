@@ -21,7 +21,8 @@ from meshloom.core.errors import MeshloomError
 
 RUN = pathlib.Path("runs/quickstart")
 QUESTION = "What is the capital of France?"
-# 17 s of compiling on two cores instead of 45: one stream decodes in the first program, prompts use the others.
+# Three programs compile in 17 s on two cores, the default five in 30: one stream decodes in the first, prompts use
+# the others.
 SMALL_ENGINE = ("--engine.buckets", "1", "32", "128", "--engine.max-num-seqs", "4")
 TRAINING = (
     *("train", "--data", "stdlib", "--devices", "cpu:8", "--mesh", "fsdp=4,tensor=2", "--steps", "250"),

@@ -1,8 +1,7 @@
 """The layers every family is made of: linear, norms, rotary embedding, attention, MLP and mixture of experts.
 
 A layer computes in the dtype of its weights, with norms, softmax and routing in float32. Linear weights are `[out,
-in]`: the order of Hugging Face files, and the one in which a one-row product runs at memory speed on a CPU (50 GB/s;
-the transpose: a third).
+in]`, the order of Hugging Face files, so that loading turns nothing.
 
 Shape legend: B batch, T tokens, N heads, K kv heads, H head dim, D model, F inner, E experts, V vocab.
 """

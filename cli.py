@@ -57,9 +57,12 @@ class Placed(Common):
         dtype: type of the weights and the computation; auto is float32 on the CPU and the files' own elsewhere.
         devices: "local" is what this machine has; "cpu:8" simulates 8 devices.
         mesh: axis sizes, as in "fsdp=4,tensor=2"; None is one device, or `plan`'s choice if --devices is given.
+        quantize: hold weights as int8, in a quarter of float32's memory; auto does so on a CPU for files that hold 8
+            bits or less themselves.
     """
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantize: Literal["auto", "int8", "none"] = "auto"
     devices: str = "local"
     mesh: str | None = None
 

@@ -21,7 +21,6 @@ from rich.console import Console
 import meshloom
 from meshloom import cli, models
 from meshloom.core.compile import cache_folder, enable_compilation_cache
-from meshloom.core.errors import ConfigError
 from meshloom.core.topology import abstract_mesh, make_mesh, parse_devices, use_devices
 from meshloom.loading import load
 from meshloom.models.language_model import LanguageModel
@@ -43,7 +42,10 @@ def _load(command: Any) -> LanguageModel:
     """The command's model on its devices, with compiled programs kept on disk."""
     mesh = _mesh(command)
     enable_compilation_cache()
-    return load(command.model, dtype=None if command.dtype == "auto" else command.dtype, mesh=mesh)
+    dtype = None if command.dtype == "auto" else command.dtype
+    return load(
+        command.model, dtype=dtype, mesh=mesh, quantize=None if command.quantize == "none" else command.quantize
+    )
 
 
 def _mesh(command: Any) -> Mesh | None:
@@ -82,13 +84,13 @@ def generate(command: cli.Generate) -> dict[str, Any]:
     return {"model": command.model, "text": text, "finish_reason": reason, "usage": usage}
 
 
-def chat(command: cli.Chat) -> None:
-    if command.json:
-        raise ConfigError("chat is a conversation, which has no JSON form; use `meshloom generate --chat --json`")
+def chat(command: cli.Chat) -> dict[str, Any]:
     lm = _load(command)
     from meshloom.serve.chat import chat  # here and below: the HTTP server and the trainer are slow to import
 
-    chat(lm, _part(ChatConfig, command))
+    # With --json people read standard error, and standard output gets the whole conversation when it has ended.
+    console = Console(highlight=False, stderr=command.json)
+    return {"model": command.model, "messages": chat(lm, _part(ChatConfig, command), console=console)}
 
 
 def serve(command: cli.Serve) -> None:

@@ -16,22 +16,22 @@ from meshloom.models.config import DecoderConfig, LayerSpec
 from meshloom.models.layers import MLP, Attention, Linear, MoE, make_norm, normal_param
 from meshloom.models.sequence import Layout, positions_of
 from meshloom.models.stack import Cache, LayerStack
-from meshloom.pallas_kernels import KVPages
+from meshloom.pallas_kernels import KVPages, matmul
 from meshloom.pallas_kernels.attention.spec import soft_capped
 
 
 class Embedding(nnx.Module):
-    """A table of rows `[V, D]`, looked up by id, and multiplied with to unembed when tied."""
+    """A table of rows `[V, D]`, which may be quantized, looked up by id, and multiplied with to unembed when tied."""
 
     def __init__(self, rows: int, size: int, *, scale: float, rngs: nnx.Rngs, dtype):
         self.weight = normal_param(rngs, (rows, size), scale, dtype)
 
     def __call__(self, ids: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
-        return self.weight[...][ids]
+        return self.weight.get_value()[ids]
 
     def logits(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """x W^T in float32."""
-        return jnp.einsum("...d,vd->...v", x, self.weight[...], preferred_element_type=jnp.float32)
+        return matmul(x, self.weight.get_value(), out_dtype=jnp.float32)
 
 
 class DecoderLayer(nnx.Module):

@@ -139,6 +139,11 @@ class GGUFSource:
             return raw.view(_PLAIN[tensor.kind]).reshape(tensor.shape)
         return dequantize(raw.reshape(*tensor.shape[:-1], -1), tensor.kind)
 
+    @property
+    def quantized(self) -> bool:
+        """Whether any tensor is kept in blocks of 8-bit numbers or smaller ones."""
+        return any(tensor.kind in _BLOCKS for tensor in self._tensors.values())
+
     def plain_dtype(self) -> np.dtype:
         """The dtype of the weight matrices if all are of one half precision, else float32 (as norms always are)."""
         kinds = {tensor.kind for tensor in self._tensors.values() if len(tensor.shape) > 1}

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from meshloom.models.config import Activation, DecoderConfig, LayerSpec, MoEConfig, RopeConfig
 from meshloom.models.sequence import Layout, attend, capacity_of, positions_of
-from meshloom.pallas_kernels import KVPages
+from meshloom.pallas_kernels import KVPages, matmul
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -29,7 +29,7 @@ def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float, dtype) ->
 
 
 class Linear(nnx.Module):
-    """y = x W^T + b with W `[out, in]`."""
+    """y = x W^T + b with W `[out, in]`, which may be quantized."""
 
     def __init__(self, d_in: int, d_out: int, *, bias: bool, scale: float, rngs: nnx.Rngs, dtype):
         self.weight = normal_param(rngs, (d_out, d_in), scale, dtype)
@@ -37,7 +37,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*rows I"], out_dtype=None) -> Float[Array, "*rows O"]:
         """Accumulates and returns in `out_dtype`, or in the dtype of the weights."""
-        y = jnp.einsum("...i,oi->...o", x, self.weight[...], preferred_element_type=out_dtype)
+        y = matmul(x, self.weight.get_value(), out_dtype=out_dtype)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 

@@ -58,6 +58,7 @@ class ModelSource:
         dtype: the floating-point type its weights are kept in.
         tokenizer: reads the tokenizer; None comes back when there is none.
         weights: fills an abstract module: `weights(module, shardings, progress)`, shardings as in `load_weights`.
+        quantized: its weights are kept in 8 bits or less.
     """
 
     where: str
@@ -65,6 +66,7 @@ class ModelSource:
     dtype: Any
     tokenizer: Callable[[], Tokenizer | None]
     weights: Callable[[nnx.Module, Any, Progress | None], nnx.Module]
+    quantized: bool = False
 
 
 def resolve(source: str | pathlib.Path) -> ModelSource:
@@ -152,9 +154,8 @@ def _from_gguf(path: pathlib.Path) -> ModelSource:
         options = {"where": str(path), "ignored": GGUF_IGNORED}
         return load_weights(module, rules, file, shardings=shardings, progress=progress, **options)
 
-    return ModelSource(
-        str(path), config, file.plain_dtype(), functools.partial(read_gguf_tokenizer, file.metadata), weights
-    )
+    tokenizer = functools.partial(read_gguf_tokenizer, file.metadata)
+    return ModelSource(str(path), config, file.plain_dtype(), tokenizer, weights, file.quantized)
 
 
 def _from_folder(folder: pathlib.Path) -> ModelSource:

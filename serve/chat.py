@@ -65,8 +65,10 @@ class Conversation:
             self.messages = [*asked, {"role": "assistant", "content": said}]
 
 
-def chat(lm: LanguageModel, config: ChatConfig | None = None, *, console: Console | None = None) -> None:
-    """Read turns from standard input until it ends."""
+def chat(
+    lm: LanguageModel, config: ChatConfig | None = None, *, console: Console | None = None
+) -> list[dict[str, str]]:
+    """Read turns from standard input until it ends; the conversation as it then stands, role and content."""
     config, console = config or ChatConfig(), console or Console(highlight=False)
     with Engine(lm, config.engine) as engine:
         conversation = Conversation(engine, config)
@@ -74,9 +76,10 @@ def chat(lm: LanguageModel, config: ChatConfig | None = None, *, console: Consol
         for line in _lines(console):
             if line.startswith("/"):
                 if _command(line, conversation, console) is False:
-                    return
+                    break
             elif line:
                 _turn(line, conversation, console)
+        return conversation.messages
 
 
 def _lines(console: Console) -> Iterator[str]:
@@ -84,9 +87,11 @@ def _lines(console: Console) -> Iterator[str]:
     if console.is_terminal:
         with contextlib.suppress(ImportError):  # not everywhere; it gives input() history and editing
             import readline  # noqa: F401
+    # input() knows the prompt when it redraws a line, but writes it to standard output alone.
+    read = console.input if console.stderr else input
     while True:
         try:
-            yield input("\n> " if console.is_terminal else "").strip()
+            yield read("\n> " if console.is_terminal else "").strip()
         except KeyboardInterrupt:
             console.print("\n[dim]/exit or Ctrl-D leaves[/dim]")
         except EOFError:

@@ -241,8 +241,16 @@ def test_convert_writes_a_folder_that_loads(model, tmp_path, capsys):
     assert {row["dtype"] for row in json.loads(shown)["parameters"]} == {"bfloat16"}
 
 
-def test_chat_says_that_it_has_no_json_form(capsys):
-    assert "has no JSON form" in run(capsys, "chat", "tiny", "--json")[2]
+def test_chat_as_json_prints_the_conversation_when_it_ends(capsys, monkeypatch):
+    talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+
+    def chat(lm, config, *, console):
+        assert console.stderr
+        return talk
+
+    monkeypatch.setattr("meshloom.commands._load", lambda command: None)
+    monkeypatch.setattr("meshloom.serve.chat.chat", chat)
+    assert json.loads(run(capsys, "chat", "tiny", "--json")[1]) == {"model": "tiny", "messages": talk}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,47 @@
+"""Quantized weights in place of a model's own: a quarter of the memory of float32, and on a CPU up to twice the speed.
+
+Every matrix that is multiplied with becomes a `QArray`, the embedding table included; norms and biases stay. A
+quantized model computes and serves as before, but cannot be saved or trained.
+"""
+
+import jax
+from flax import nnx
+
+from meshloom.core.errors import ModelError
+from meshloom.models.decoder import Decoder, Embedding
+from meshloom.models.layers import Linear, MoE
+from meshloom.pallas_kernels import QArray, quantize
+
+
+def quantize_weights(module: nnx.Module) -> nnx.Module:
+    """`module` with int8 weights, changed in place and returned; each weight is freed when its int8 form is made.
+
+    Weights may be spread over a mesh: their int8 values stay where they are.
+
+    Raises:
+        ModelError: what `why_not` says.
+    """
+    if not isinstance(module, Decoder):
+        raise ModelError(f"int8 weights are for decoders; got a {type(module).__name__}")
+    if reason := why_not(module):
+        raise ModelError(f"int8 weights: {reason}; load this model without quantize")
+    convert = jax.jit(quantize)
+    for _, node in nnx.iter_graph(module):
+        if isinstance(node, Linear | Embedding):
+            node.weight = nnx.Param(jax.block_until_ready(convert(node.weight.get_value())))
+    return module
+
+
+def why_not(module: nnx.Module) -> str | None:
+    """Why the weights of a module cannot be quantized, or None."""
+    if not isinstance(module, Decoder):
+        return f"a {type(module).__name__} has none, only decoders have"
+    if any(isinstance(node, MoE) for _, node in nnx.iter_graph(module)):
+        return "products with experts have no int8 form"
+    return None
+
+
+def is_quantized(module: nnx.Module) -> bool:
+    """Whether any of its weights is quantized."""
+    leaves = jax.tree.leaves(nnx.state(module, nnx.Param), is_leaf=lambda leaf: isinstance(leaf, QArray))
+    return any(isinstance(leaf, QArray) for leaf in leaves)

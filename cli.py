@@ -99,16 +99,30 @@ class Train(TrainConfig, Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan(Model):
-    """Show how a model's weights would be spread over devices; neither weights nor devices are needed.
+    """Show how a model's weights would be spread over devices, or find the fastest way to train it on them.
+
+    Neither weights nor devices are needed. With --batch-tokens, meshes, remat policies and micro-batches are searched
+    and priced; what is printed then is predicted, not compiled.
 
     Attributes:
         devices: "local", "cpu:8", or hardware that is elsewhere: "v5e:4x4", "2xv5e:16x16", "h100:8".
         mesh: axis sizes over data, fsdp, expert, tensor; one may be -1, the rest. None: from 4 devices on expert=2 for
-            a mixture of experts, else tensor=2 if the key/value heads are even; fsdp takes the rest.
+            a mixture of experts, else tensor=2 if the key/value heads are even; fsdp takes the rest. With
+            --batch-tokens, None searches all meshes.
+        batch_tokens: tokens of one training step over all devices; asks for a training plan.
+        sequence_length: tokens per row of a training plan.
+        candidates: how many plans to show, best first.
+        explain_cost: also print where the best plan's time and memory go.
+        chart: PNG to write, with the memory and the step time of every plan shown.
     """
 
     devices: str = "local"
     mesh: str | None = None
+    batch_tokens: int | None = None
+    sequence_length: int = 4096
+    candidates: int = 5
+    explain_cost: bool = False
+    chart: pathlib.Path | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

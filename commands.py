@@ -21,15 +21,19 @@ from rich.console import Console
 import meshloom
 from meshloom import cli, models
 from meshloom.core.compile import cache_folder, enable_compilation_cache
+from meshloom.core.errors import ConfigError
 from meshloom.core.topology import abstract_mesh, make_mesh, parse_devices, use_devices
 from meshloom.loading import load
+from meshloom.models.config import DecoderConfig
 from meshloom.models.language_model import LanguageModel
-from meshloom.models.source import abstract, resolve
+from meshloom.models.source import abstract, abstract_module, resolve
 from meshloom.serve.config import BenchServeConfig, ChatConfig, ServeConfig
 from meshloom.serve.engine import Engine
 from meshloom.serve.request import SamplingParams
 from meshloom.sharding import derive, table
 from meshloom.sharding.explain import spec_text
+from meshloom.sharding.planner import plan_training
+from meshloom.sharding.workload import TrainWorkload
 from meshloom.train.config import TrainConfig
 
 
@@ -114,6 +118,12 @@ def train(command: cli.Train) -> dict[str, Any]:
 
 
 def plan(command: cli.Plan) -> dict[str, Any]:
+    return _layout(command) if command.batch_tokens is None else _training_plan(command, command.batch_tokens)
+
+
+def _layout(command: cli.Plan) -> dict[str, Any]:
+    if command.explain_cost or command.chart is not None:
+        raise ConfigError("--explain-cost and --chart are of a training plan; say its --batch-tokens")
     count = parse_devices(command.devices).count or len(jax.devices())
     mesh = abstract_mesh(command.mesh or default_axes(command.model, count), count)
     # Stacked, equal layers are one row of the table, and tracing does not grow with depth.
@@ -135,6 +145,35 @@ def plan(command: cli.Plan) -> dict[str, Any]:
     ]
     axes = dict(mesh.shape)
     return {"model": command.model, "mesh": axes, "bytes_per_device": layout.bytes_per_device, "parameters": rows}
+
+
+def _training_plan(command: cli.Plan, batch_tokens: int) -> dict[str, Any]:
+    from meshloom.sharding.charts import candidate_table, cost_table, save_chart  # SciPy and Matplotlib are slow
+
+    config = abstract(command.model, scan_layers=True)[0]
+    if not isinstance(config, DecoderConfig):
+        raise ConfigError(f"{command.model} is an encoder-decoder; training plans are for decoders")
+    devices, workload = parse_devices(command.devices), TrainWorkload(batch_tokens, command.sequence_length)
+    mesh = None if command.mesh is None else dict(abstract_mesh(command.mesh, devices.count).shape)
+
+    def module_of(remat: Any) -> Any:
+        return abstract_module(dataclasses.replace(config, remat=remat), jnp.float32)
+
+    found = plan_training(module_of, devices, workload, mesh=mesh, limit=command.candidates)
+    if not command.json:
+        console = Console(width=None if sys.stdout.isatty() else 180)
+        console.print(candidate_table(found, title=f"{command.model} on {command.devices}: predicted, not compiled"))
+        if command.explain_cost:
+            console.print(cost_table(found[0]))
+    if command.chart is not None:
+        save_chart(found, command.chart)
+    return {
+        "model": command.model,
+        "devices": command.devices,
+        "workload": dataclasses.asdict(workload),
+        "compiled": False,
+        "candidates": [each.to_json() for each in found],
+    }
 
 
 def convert(command: cli.Convert) -> dict[str, Any]:

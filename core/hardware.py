@@ -14,17 +14,24 @@ import jax.numpy as jnp
 from meshloom.core.errors import ConfigError
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
     """One accelerator, as one JAX device.
 
     Attributes:
         name: the key of device strings such as "v5e:4x4".
-        flops: peak FLOP/s by dtype ("bfloat16", "float32", "int8", "float8").
+        flops: peak FLOP/s by dtype ("bfloat16", "float16", "float32", "int8", "float8").
         hbm_bytes: memory per device. hbm_bandwidth: bytes/s.
         link_bandwidth: bytes/s, one direction, summed over the links to neighbours in the same slice or node.
-        kinds: how `jax.Device.device_kind` spells it, lower case.
-        source: where the figures come from; links of TPUs: Austin et al. 2025, How to Scale Your Model, part 2.
+        network_bandwidth: bytes/s of one device, one direction, between slices or nodes.
+        node_devices: GPUs of a node, or None for a TPU, whose slices have many sizes.
+        efficiency: share of the peak that large products reach in a training step, the one constant per chip of the
+            cost model: fitted to published runs where there are any (docs/planner.md), else assumed.
+        price_per_hour: US dollars per device, on demand, or None where nobody lists one; a default to override.
+        watts: board or chip power, or None where the vendor does not say.
+        kinds: how `jax.Device.device_kind` spells it, lower case; empty for a chip to plan with only.
+        source: of peaks, memory, links and power; of links and networks of TPUs: Austin et al. 2025, How to Scale Your
+            Model, part 2.
         devices_per_chip: JAX devices on one chip of a topology such as "tpu7x:2x2x1".
     """
 
@@ -33,97 +40,186 @@ class Chip:
     hbm_bytes: int
     hbm_bandwidth: float
     link_bandwidth: float
-    kinds: tuple[str, ...]
+    network_bandwidth: float
     source: str
+    node_devices: int | None = None
+    efficiency: float = 0.6
+    price_per_hour: float | None = None
+    watts: float | None = None
+    kinds: tuple[str, ...] = ()
     devices_per_chip: int = 1
 
 
-_TERA, _GIB = 1e12, 2**30
+_TERA, _GIGA, _GIB = 1e12, 1e9, 2**30
 
+
+def _hopper(name: str, hbm_bytes: int, hbm_bandwidth: float, price: float, kind: str, source: str) -> Chip:
+    """H100 and H200 differ in their memory alone."""
+    return Chip(
+        name=name,
+        flops={"bfloat16": 989.4 * _TERA, "float32": 66.9 * _TERA, "int8": 1978.9 * _TERA, "float8": 1978.9 * _TERA},
+        hbm_bytes=hbm_bytes,
+        hbm_bandwidth=hbm_bandwidth,
+        link_bandwidth=450 * _GIGA,
+        network_bandwidth=50 * _GIGA,
+        node_devices=8,
+        price_per_hour=price,
+        watts=700.0,
+        kinds=(kind,),
+        source=source,
+    )
+
+
+def _ampere(name: str, hbm_bytes: int, hbm_bandwidth: float, price: float, kind: str, source: str) -> Chip:
+    """The two A100 differ in their memory alone."""
+    return Chip(
+        name=name,
+        flops={"bfloat16": 312 * _TERA, "float32": 19.5 * _TERA, "int8": 624 * _TERA},
+        hbm_bytes=hbm_bytes,
+        hbm_bandwidth=hbm_bandwidth,
+        link_bandwidth=300 * _GIGA,
+        network_bandwidth=25 * _GIGA,
+        node_devices=8,
+        efficiency=0.55,
+        price_per_hour=price,
+        watts=400.0,
+        kinds=(kind,),
+        source=source,
+    )
+
+
+# Prices are the on-demand list prices of Google Cloud (TPUs, V100, A100) and AWS (H100, H200, B200) of 2025.
 CHIPS = {
     chip.name: chip
     for chip in (
         Chip(
-            "v4",
-            {"bfloat16": 275 * _TERA, "int8": 275 * _TERA},
-            32 * _GIB,
-            1.228 * _TERA,
-            6 * 45e9,
-            ("tpu v4",),
-            "Google Cloud TPU v4 system architecture",
+            name="v4",
+            flops={"bfloat16": 275 * _TERA, "int8": 275 * _TERA},
+            hbm_bytes=32 * _GIB,
+            hbm_bandwidth=1.228 * _TERA,
+            link_bandwidth=6 * 45 * _GIGA,
+            network_bandwidth=6.25 * _GIGA,
+            price_per_hour=3.22,
+            watts=192.0,
+            kinds=("tpu v4",),
+            source="Google Cloud TPU v4 system architecture",
         ),
         Chip(
-            "v5e",
-            {"bfloat16": 197 * _TERA, "int8": 394 * _TERA},
-            16 * _GIB,
-            0.819 * _TERA,
-            4 * 45e9,
-            ("tpu v5 lite", "tpu v5e"),
-            "Google Cloud TPU v5e system architecture",
+            name="v5e",
+            flops={"bfloat16": 197 * _TERA, "int8": 394 * _TERA},
+            hbm_bytes=16 * _GIB,
+            hbm_bandwidth=0.819 * _TERA,
+            link_bandwidth=4 * 45 * _GIGA,
+            network_bandwidth=6.25 * _GIGA,
+            efficiency=0.71,
+            price_per_hour=1.20,
+            kinds=("tpu v5 lite", "tpu v5e"),
+            source="Google Cloud TPU v5e system architecture",
         ),
         Chip(
-            "v5p",
-            {"bfloat16": 459 * _TERA, "int8": 918 * _TERA},
-            95 * _GIB,
-            2.765 * _TERA,
-            6 * 90e9,
-            ("tpu v5", "tpu v5p"),
-            "Google Cloud TPU v5p system architecture",
+            name="v5p",
+            flops={"bfloat16": 459 * _TERA, "int8": 918 * _TERA},
+            hbm_bytes=95 * _GIB,
+            hbm_bandwidth=2.765 * _TERA,
+            link_bandwidth=6 * 90 * _GIGA,
+            network_bandwidth=6.25 * _GIGA,
+            efficiency=0.81,
+            price_per_hour=4.20,
+            kinds=("tpu v5", "tpu v5p"),
+            source="Google Cloud TPU v5p system architecture",
         ),
         Chip(
-            "v6e",
-            {"bfloat16": 918 * _TERA, "int8": 1836 * _TERA},
-            32 * _GIB,
-            1.64 * _TERA,
-            4 * 90e9,
-            ("tpu v6 lite", "tpu v6e"),
-            "Google Cloud TPU v6e (Trillium) system architecture",
+            name="v6e",
+            flops={"bfloat16": 918 * _TERA, "int8": 1836 * _TERA},
+            hbm_bytes=32 * _GIB,
+            hbm_bandwidth=1.64 * _TERA,
+            link_bandwidth=4 * 90 * _GIGA,
+            network_bandwidth=12.5 * _GIGA,
+            efficiency=0.48,
+            price_per_hour=2.70,
+            kinds=("tpu v6 lite", "tpu v6e"),
+            source="Google Cloud TPU v6e (Trillium) system architecture",
         ),
         Chip(
-            "tpu7x",
-            {"bfloat16": 2307 / 2 * _TERA, "float8": 4614 / 2 * _TERA},
-            192 // 2 * _GIB,
-            7.38 / 2 * _TERA,
-            6 * 90e9 / 2,
-            ("tpu7x",),
-            "Google Cloud TPU7x (Ironwood) system architecture, half a chip",
+            name="tpu7x",
+            flops={"bfloat16": 2307 / 2 * _TERA, "float8": 4614 / 2 * _TERA},
+            hbm_bytes=192 // 2 * _GIB,
+            hbm_bandwidth=7.38 / 2 * _TERA,
+            link_bandwidth=6 * 90 / 2 * _GIGA,
+            network_bandwidth=12.5 / 2 * _GIGA,
+            kinds=("tpu7x",),
+            source="Google Cloud TPU7x (Ironwood) system architecture, half a chip; network as v6e",
             devices_per_chip=2,
         ),
         Chip(
+            name="v100",
+            flops={"float16": 125 * _TERA, "float32": 15.7 * _TERA},
+            hbm_bytes=32 * 10**9,
+            hbm_bandwidth=0.9 * _TERA,
+            link_bandwidth=150 * _GIGA,
+            network_bandwidth=12.5 / 2 * _GIGA,
+            node_devices=8,
+            price_per_hour=2.48,
+            watts=300.0,
+            source="NVIDIA V100 SXM2 data sheet; network of a DGX-1, four 100 Gb/s ports for eight GPUs",
+        ),
+        _ampere(
+            "a100-40",
+            40 * 10**9,
+            1.555 * _TERA,
+            3.67,
+            "nvidia a100-sxm4-40gb",
+            "NVIDIA A100 40GB SXM data sheet; network of a DGX A100, 200 Gb/s per GPU",
+        ),
+        _ampere(
             "a100",
-            {"bfloat16": 312 * _TERA, "float32": 19.5 * _TERA, "int8": 624 * _TERA},
             80 * 10**9,
             2.039 * _TERA,
-            300e9,
-            ("nvidia a100-sxm4-80gb",),
-            "NVIDIA A100 80GB SXM data sheet",
+            5.07,
+            "nvidia a100-sxm4-80gb",
+            "NVIDIA A100 80GB SXM data sheet; network of a DGX A100, 200 Gb/s per GPU",
         ),
-        Chip(
+        _hopper(
             "h100",
-            {"bfloat16": 989.4 * _TERA, "float32": 66.9 * _TERA, "int8": 1978.9 * _TERA, "float8": 1978.9 * _TERA},
             80 * 10**9,
             3.35 * _TERA,
-            450e9,
-            ("nvidia h100 80gb hbm3",),
-            "NVIDIA H100 SXM data sheet",
+            6.88,
+            "nvidia h100 80gb hbm3",
+            "NVIDIA H100 SXM data sheet; network of a DGX H100, 400 Gb/s per GPU",
         ),
-        Chip(
+        _hopper(
             "h200",
-            {"bfloat16": 989.4 * _TERA, "float32": 66.9 * _TERA, "int8": 1978.9 * _TERA, "float8": 1978.9 * _TERA},
             141 * 10**9,
             4.8 * _TERA,
-            450e9,
-            ("nvidia h200",),
-            "NVIDIA H200 SXM data sheet",
+            7.91,
+            "nvidia h200",
+            "NVIDIA H200 SXM data sheet; network of a DGX H200, 400 Gb/s per GPU",
         ),
         Chip(
-            "b200",
-            {"bfloat16": 2250 * _TERA, "float32": 75 * _TERA, "int8": 4500 * _TERA, "float8": 4500 * _TERA},
-            180 * 10**9,
-            7.7 * _TERA,
-            900e9,
-            ("nvidia b200",),
-            "NVIDIA HGX B200 data sheet, per GPU",
+            name="b200",
+            flops={"bfloat16": 2250 * _TERA, "float32": 75 * _TERA, "int8": 4500 * _TERA, "float8": 4500 * _TERA},
+            hbm_bytes=180 * 10**9,
+            hbm_bandwidth=7.7 * _TERA,
+            link_bandwidth=900 * _GIGA,
+            network_bandwidth=50 * _GIGA,
+            node_devices=8,
+            price_per_hour=14.24,
+            watts=1000.0,
+            kinds=("nvidia b200",),
+            source="NVIDIA HGX B200 data sheet, per GPU; network of a DGX B200, 400 Gb/s per GPU",
+        ),
+        Chip(
+            name="mi250x",
+            flops={"bfloat16": 383 / 2 * _TERA, "float32": 47.9 / 2 * _TERA},
+            hbm_bytes=64 * 10**9,
+            hbm_bandwidth=3.2768 / 2 * _TERA,
+            link_bandwidth=400 / 2 * _GIGA,
+            network_bandwidth=100 / 8 * _GIGA,
+            node_devices=8,
+            efficiency=0.35,
+            watts=560 / 2,
+            source="AMD Instinct MI250X data sheet, half a module (one GCD is a device); network of a Frontier node, "
+            "four 25 GB/s ports for eight",
         ),
     )
 }

@@ -13,7 +13,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from meshloom.core.config import nearest
 from meshloom.core.errors import ConfigError, ShardingError
-from meshloom.core.hardware import CHIPS
+from meshloom.core.hardware import CHIPS, chip_named
+from meshloom.core.processes import joined
 
 # Outermost first: `data` may span slow links, `tensor` must not.
 AXES = ("data", "fsdp", "expert", "tensor")
@@ -47,7 +48,7 @@ def parse_devices(text: str) -> Devices:
     """
     if text == "local":
         return Devices("local")
-    match = re.fullmatch(r"(?:(\d+)x)?([a-z][a-z0-9]*):(\d+(?:x\d+)*)", text)
+    match = re.fullmatch(r"(?:(\d+)x)?([a-z][a-z0-9-]*):(\d+(?:x\d+)*)", text)
     if not match:
         raise ConfigError(f'devices are "local", "cpu:8", "v5e:4x4", "2xv5e:16x16" or "h100:8"; got {text!r}')
     slices, platform, shape = int(match[1] or 1), match[2], tuple(int(n) for n in match[3].split("x"))
@@ -55,7 +56,48 @@ def parse_devices(text: str) -> Devices:
         raise ConfigError(f"unknown chip {platform!r} in {text!r}; {nearest(platform, ('cpu', *CHIPS))}")
     if min(slices, *shape) < 1:
         raise ConfigError(f"device counts must be at least 1; got {text!r}")
+    node = CHIPS[platform].node_devices if platform in CHIPS else None
+    if node is not None and (shape[-1] > node or len(shape) > 2):
+        wanted = math.prod(shape)
+        example = f"{platform}:{wanted // node}x{node}" if wanted % node == 0 else f"{platform}:2x{node}"
+        raise ConfigError(f"a node has at most {node} x {platform}; write nodes x GPUs, as in {example}; got {text!r}")
     return Devices(platform, shape, slices)
+
+
+# Seconds from a collective's start to its first byte, per step of a ring: assumed, of the order that vendors' own
+# latency tests report. They matter for small messages only.
+_LATENCY = {"ici": 1e-6, "nvlink": 3e-6, "network": 1e-5, "dcn": 1e-5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """Devices that reach each other at one speed.
+
+    Attributes:
+        name: "ici" (a TPU slice), "dcn" (between slices), "nvlink" (a node, of any maker) or "network" (between nodes).
+        devices: how many devices reach each other without leaving this level, inner levels included.
+        bandwidth: bytes/s of one device, one direction. latency: seconds per message.
+    """
+
+    name: str
+    devices: int
+    bandwidth: float
+    latency: float
+
+
+def network(devices: Devices) -> tuple[Level, ...]:
+    """The levels of the network that joins `devices`, innermost first; the last one reaches all of them.
+
+    Raises:
+        ConfigError: devices with no known network ("local", "cpu:8").
+    """
+    chip = chip_named(devices.platform)
+    inner, outer = ("ici", "dcn") if chip.node_devices is None else ("nvlink", "network")
+    nodes = devices.slices * (1 if chip.node_devices is None else math.prod(devices.shape[:-1]))
+    levels = [Level(inner, devices.count // nodes, chip.link_bandwidth, _LATENCY[inner])]
+    if nodes > 1:
+        levels.append(Level(outer, devices.count, chip.network_bandwidth, _LATENCY[outer]))
+    return tuple(levels)
 
 
 def simulate_cpu_devices(count: int) -> None:
@@ -88,7 +130,7 @@ def use_devices(text: str) -> list[jax.Device]:
     if wanted.platform == "local":
         return jax.devices()
     if wanted.platform == "cpu":
-        simulate_cpu_devices(wanted.count)
+        simulate_cpu_devices(_of_this_process(wanted.count, text))
         return jax.devices()
     found = jax.devices()
     kinds = CHIPS[wanted.platform].kinds
@@ -97,6 +139,14 @@ def use_devices(text: str) -> list[jax.Device]:
             f"{text} is {wanted.count} x {wanted.platform}, but this process has {len(found)} x {found[0].device_kind}"
         )
     return found
+
+
+def _of_this_process(count: int, text: str) -> int:
+    """This process's equal share of `count` devices."""
+    _, processes = joined()
+    if count % processes:
+        raise ConfigError(f"{text}: {count} devices do not divide over {processes} processes")
+    return count // processes
 
 
 def parse_mesh(text: str) -> dict[str, int]:

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from meshloom.sharding.classes import find, leaves, leaves_of
 from meshloom.sharding.layout import Layout
+from meshloom.sharding.module import is_array
 from meshloom.sharding.roles import Roles, infer
 from meshloom.sharding.trace import Program, Step, trace
 from meshloom.sharding.values import Kind, Lookup, Value
@@ -60,7 +61,7 @@ def constrained(module: nnx.Module, layout: Layout) -> Callable[..., Any]:
         program = trace(merged, inputs)
         run = jaxpr_as_fun(_rewritten(program.jaxpr, _wanted(program, layout), {}))
         _, *states = nnx.split(merged, nnx.Param, ...)
-        return jax.tree.unflatten(program.result, run(*jax.tree.leaves((*states, inputs))))
+        return jax.tree.unflatten(program.result, run(*filter(is_array, jax.tree.leaves((*states, inputs)))))
 
     return forward
 

@@ -6,7 +6,7 @@ dimensions), `roles` (what each dimension is for), `rules` (which are split over
 
 from typing import Any
 
-from flax import nnx
+from flax import linen, nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from meshloom.core.errors import ShardingError
@@ -16,15 +16,20 @@ from meshloom.sharding.rules import decide
 from meshloom.sharding.trace import trace
 
 
-def derive(module: nnx.Module, mesh: Mesh | AbstractMesh, *example_inputs: Any) -> Layout:
+def derive(
+    module: nnx.Module | linen.Module, mesh: Mesh | AbstractMesh, *example_inputs: Any, **keywords: Any
+) -> Layout:
     """A PartitionSpec for every parameter of `module`, derived from its forward pass.
 
     Args:
-        module: any `nnx.Module`, concrete or abstract (`nnx.eval_shape(lambda: Module(...))`).
-        mesh: a mesh over any of the axes `data`, `fsdp`, `tensor`, `expert`, in any order; sizes of 1 are fine.
+        module: any `nnx.Module`, concrete or abstract (`nnx.eval_shape(lambda: Module(...))`), or any `linen.Module`,
+            whose specs are a pytree like the `params` that its `init` returns.
+        mesh: a mesh over any of the axes of `core.topology.AXES`, in any order; sizes of 1 are fine.
         example_inputs: what the module is called with: arrays, `jax.ShapeDtypeStruct`s or pytrees of them, the batch
             first. Only shapes and dtypes matter, not whether they divide over the mesh; sizes of 1 tell nothing, so
-            prefer a batch and length of 2 or more. Default: `module.example_inputs()` where the module has that.
+            prefer a batch and length of 2 or more. Python flags and None stay constants. Default:
+            `module.example_inputs()` where the module has that.
+        keywords: passed to the module by name, e.g. `deterministic=True`.
     Raises:
         ShardingError: an unknown mesh axis, no example inputs, or a module that cannot be traced with them.
     """
@@ -36,6 +41,6 @@ def derive(module: nnx.Module, mesh: Mesh | AbstractMesh, *example_inputs: Any) 
                 "derive(module, mesh, jax.ShapeDtypeStruct((8, 128), jnp.int32)) for token ids [batch, length]"
             )
         example_inputs = module.example_inputs()
-    program = trace(module, example_inputs)
+    program = trace(module, example_inputs, keywords)
     rows, kv_heads_axis = decide(program, infer(program), dict(mesh.shape))
     return Layout(mesh, rows, kv_heads_axis, dict(program.unknown), program.treedef)

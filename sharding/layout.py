@@ -16,9 +16,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from rich.table import Table
 
 from meshloom.core.errors import ShardingError
+from meshloom.core.topology import AXES
 from meshloom.sharding.roles import Role
 
-AXES = ("data", "fsdp", "tensor", "expert")
 Rule = Literal["pair", "store"]
 
 
@@ -67,10 +67,10 @@ class Layout:
 
     Attributes:
         mesh: with Auto axes, whatever the axis types of the mesh that was given.
-        rows: one per parameter, in the order of `jax.tree.leaves(nnx.state(module, nnx.Param))`.
+        rows: one per parameter, in the order of `jax.tree.leaves` of the parameters.
         kv_heads_spec: the axis over which KV pages are split by kv head, or None.
         unknown: primitives of the program that the derivation has no rule for, and how often they occur.
-        treedef: structure of `nnx.state(module, nnx.Param)`.
+        treedef: structure of the parameters: `nnx.state(module, nnx.Param)`, or the `params` of Linen's `init`.
     """
 
     mesh: Mesh | AbstractMesh
@@ -81,12 +81,12 @@ class Layout:
 
     @functools.cached_property
     def specs(self) -> Any:
-        """A PartitionSpec per parameter, as a pytree like `nnx.state(module, nnx.Param)`."""
+        """A PartitionSpec per parameter, as a pytree like the parameters."""
         return jax.tree.unflatten(self.treedef, [row.spec for row in self.rows])
 
     @functools.cached_property
     def shardings(self) -> Any:
-        """A NamedSharding per parameter, as a pytree like `nnx.state(module, nnx.Param)`."""
+        """A NamedSharding per parameter, as a pytree like the parameters."""
         return jax.tree.unflatten(self.treedef, [NamedSharding(self.mesh, row.spec) for row in self.rows])
 
     @property

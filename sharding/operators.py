@@ -160,7 +160,7 @@ def _unstack(op: Operation) -> Outcome:
 
 @rule("slice")
 def _slice(op: Operation) -> Outcome:
-    starts, sizes = op.params["start_indices"], op.shapes[0]
+    starts, sizes = map(int, op.params["start_indices"]), op.shapes[0]  # NumPy integers in the transpose of a pad
     strides = op.params["strides"] or (1,) * len(sizes)
     return [
         tuple(

@@ -7,14 +7,14 @@ nothing and is counted in `unknown`.
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from flax import nnx
+from flax import linen, nnx
 
-from meshloom.core.errors import ShardingError
 from meshloom.sharding.classes import Dim, unify
+from meshloom.sharding.module import pure, untraceable
 from meshloom.sharding.operators import Operation, fresh, outcome
 from meshloom.sharding.values import Dims, Fact, Kind, Meeting, Source, Value
 
@@ -31,7 +31,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """One array of the module's `nnx.Param` state. `name` is for people; nothing is decided by it."""
+    """One parameter of the module. `name` is for people; nothing is decided by it."""
 
     name: str
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class Program:
     """What a traced forward pass says about dimensions.
 
     Attributes:
-        parameters: in the order of `jax.tree.leaves(nnx.state(module, nnx.Param))`; `treedef` rebuilds that state.
+        parameters: in the order of `jax.tree.leaves` of the module's parameters; `treedef` rebuilds their tree.
         inputs, outputs: arrays that enter and leave.
         steps: in program order.
         stacks: leading dimensions of weights that a scan runs over.
@@ -64,34 +64,29 @@ class Program:
     result: Any
 
 
-def trace(module: nnx.Module, example_inputs: Sequence[Any]) -> Program:
-    """Traces `module(*example_inputs)`.
+def trace(
+    module: nnx.Module | linen.Module, example_inputs: Sequence[Any], keywords: Mapping[str, Any] | None = None
+) -> Program:
+    """Traces `module(*example_inputs, **keywords)`.
 
     Args:
-        module: concrete or abstract (`nnx.eval_shape`).
-        example_inputs: positional arguments; arrays, `jax.ShapeDtypeStruct`s, or pytrees of them.
+        module: concrete or abstract (`nnx.eval_shape`), or of Linen.
+        example_inputs: positional arguments; arrays, `jax.ShapeDtypeStruct`s, or pytrees of them; flags are constants.
     Raises:
         ShardingError: the forward pass cannot be traced with these inputs.
     """
-    graphdef, *states = nnx.split(module, nnx.Param, ...)
-    parameters, rest, inputs = jax.tree.map(_abstract, (*states, tuple(example_inputs)))
-
-    def forward(parameters: Any, rest: Any, inputs: tuple[Any, ...]) -> Any:
-        return nnx.merge(graphdef, parameters, rest)(*inputs)
-
+    forward = pure(module, example_inputs, keywords or {})
     try:
-        jaxpr, returned = jax.make_jaxpr(forward, return_shape=True)(parameters, rest, inputs)
+        jaxpr, returned = jax.make_jaxpr(forward.apply, return_shape=True)(
+            forward.parameters, forward.rest, *forward.inputs
+        )
     except Exception as error:
-        raise ShardingError(
-            f"{type(module).__name__} cannot be traced with inputs ({_describe(inputs)}): {error}. "
-            "Pass example inputs as the module is called in training, e.g. "
-            "derive(module, mesh, jax.ShapeDtypeStruct((8, 128), jnp.int32)) for token ids [batch, length]"
-        ) from error
+        raise untraceable(forward.name, forward.inputs, error) from error
 
-    named, treedef = jax.tree_util.tree_flatten_with_path(parameters)
+    named, treedef = jax.tree_util.tree_flatten_with_path(forward.parameters)
     described = tuple(Parameter(_name(path), leaf.shape, leaf.dtype, fresh(leaf.shape)) for path, leaf in named)
     weights = [Value(each.dims, Kind.WEIGHT, frozenset([i])) for i, each in enumerate(described)]
-    n_rest = len(jax.tree.leaves(rest))
+    n_rest = len(jax.tree.leaves(forward.rest))
     arguments: list[Any] = jaxpr.invars[len(weights) :]
     shapes = [var.aval.shape for var in arguments]
     others = [Value(fresh(shape)) for shape in shapes[:n_rest]]
@@ -110,16 +105,6 @@ def trace(module: nnx.Module, example_inputs: Sequence[Any]) -> Program:
         reader.unknown,
         jaxpr,
         jax.tree.structure(returned),
-    )
-
-
-def _abstract(leaf: Any) -> Any:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else leaf
-
-
-def _describe(tree: Any) -> str:
-    return ", ".join(
-        f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "shape") else repr(leaf) for leaf in jax.tree.leaves(tree)
     )
 
 

@@ -231,6 +231,44 @@ def test_plan_chooses_the_documented_mesh(model, devices, mesh):
     assert commands.default_axes(model, count) == mesh
 
 
+def test_a_training_plan_is_json_best_first_and_a_picture(tmp_path, capsys):
+    chart = tmp_path / "plan.png"
+    asked = "plan smollm2-135m --devices v5e:2x2 --batch-tokens 65536 --sequence-length 1024 --candidates 3 --json"
+    status, out, _ = run(capsys, *asked.split(), "--chart", str(chart))
+    plan = json.loads(out)
+    assert (status, plan["compiled"], len(plan["candidates"])) == (0, False, 3)
+    assert plan["candidates"] == sorted(plan["candidates"], key=lambda each: each["step_time_s"])
+    for each in plan["candidates"]:
+        assert math.prod(each["mesh"].values()) == 4
+        assert each["fits"]
+        assert each["memory_per_device_bytes"] < each["hbm_bytes"] == 16 * 2**30
+    assert chart.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_training_plan_explains_its_cost(capsys):
+    asked = "plan smollm2-135m --devices v5e:2x2 --batch-tokens 65536 --sequence-length 1024 --explain-cost"
+    status, out, _ = run(capsys, *asked.split())
+    assert status == 0
+    assert "predicted, not compiled" in out
+    assert "reduce_scatter of gradients over" in out
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("llama3-8b --devices v5e:4x4 --batch-tokens 100000", "no whole number of rows of 4096 tokens; use 98304"),
+        ("llama3-8b --devices cpu:8 --batch-tokens 65536", "for devices of the hardware table"),
+        ("llama3-8b --devices v5e:4x4 --mesh fsdp=8 --batch-tokens 65536", "needs 8 devices; there are 16"),
+        ("llama3-8b --devices v5e:4x4 --explain-cost", "say its --batch-tokens"),
+        ("t5-base --devices v5e:4x4 --batch-tokens 65536", "training plans are for decoders"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_says_why(asked, message, capsys):
+    status, _, err = run(capsys, "plan", *asked.split())
+    assert status == 2
+    assert message in err
+
+
 def test_convert_writes_a_folder_that_loads(model, tmp_path, capsys):
     out = tmp_path / "converted"
     status, shown, _ = run(capsys, "convert", model, str(out), "--dtype", "bfloat16")

@@ -69,7 +69,7 @@ class TrainConfig:
         clip_norm: largest global norm of the gradient.
         beta1: decay of the mean of gradients, per step.
         beta2: decay of the mean of squared gradients, per step.
-        dtype: type of the computation; weights and optimizer stay float32. auto is float32 on a CPU, else bfloat16.
+        dtype: type of the computation; weights and optimizer stay float32. auto is bfloat16.
         seed: of the weights and the data order.
         devices: "local" is what this machine has; "cpu:8" simulates 8 devices.
         mesh: axis sizes, as in "fsdp=4,tensor=2"; "auto" is fsdp over all devices.

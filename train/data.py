@@ -2,7 +2,7 @@
 
 The order depends on the seed alone; the iterator's state is a small JSON value that goes into every checkpoint. A row
 holds pieces of one or more documents, numbered, so that attention and loss stay inside each. Knows no devices beyond
-which process of how many this is.
+which share of each batch this process has.
 
 Shape legend: B rows, T tokens per row that are predicted.
 """
@@ -63,25 +63,36 @@ class Batches:
 
     Args:
         batch_size: rows per step, over all processes.
+        parts: that a batch is computed in; of each, the process has the same slice of its rows, part after part.
+        share: which slice of how many equal ones. What a device gets does not depend on the number of processes.
     Raises:
-        ConfigError: the corpus has fewer rows than one batch, or a batch does not divide over the processes.
+        ConfigError: the corpus has fewer rows than one batch, or a part does not divide into the slices.
     """
 
-    def __init__(self, corpus: Corpus, *, length: int, batch_size: int, seed: int):
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        length: int,
+        batch_size: int,
+        seed: int,
+        parts: int = 1,
+        share: tuple[int, int] = (0, 1),
+    ):
         rows = PackedRows(corpus, length)
         if len(rows) < batch_size:
             raise ConfigError(
                 f"data: {len(corpus.tokens)} tokens make {len(rows)} rows of sequence_length={length}, too few for one "
                 f"batch of batch_size={batch_size}; give more data, or a smaller batch or length"
             )
-        processes = jax.process_count()
-        if batch_size % processes:
-            raise ConfigError(f"batch_size={batch_size} rows do not divide over {processes} processes")
+        index, slices = share
+        if batch_size % (parts * slices):
+            raise ConfigError(f"batch_size={batch_size} rows in {parts} part(s) do not divide over {slices} processes")
         shuffled = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
-        mine = shuffled[jax.process_index() :: processes] if processes > 1 else shuffled
+        mine = shuffled.batch(batch_size // (parts * slices))[index::slices].batch(parts).map(_joined)
         # A row is a slice of a memory map: one thread, a step or two ahead, hides all of it.
         reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-        self._iterator = iter(mine.batch(batch_size // processes).to_iter_dataset(reading))
+        self._iterator = iter(mine.to_iter_dataset(reading))
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -100,3 +111,8 @@ class Batches:
     def close(self) -> None:
         """Stops the reading thread."""
         self._iterator.close()
+
+
+def _joined(parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """`[A, B, T + 1]` as `[A * B, T + 1]`."""
+    return {name: rows.reshape(-1, rows.shape[-1]) for name, rows in parts.items()}

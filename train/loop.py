@@ -3,6 +3,9 @@
 The loop owns order and nothing else: what may not fail late is checked first (configuration, data, disk), then every
 step is dispatch, fetch the next rows, report, and now and then a checkpoint that holds weights, optimizer and data
 position. A process killed at any moment continues bitwise on the same mesh.
+
+Several processes run the same configuration on a `run_dir` that all of them see; `core/processes.py` says how each is
+started. All compute and save, the first one reports; a signal to any of them stops all after the same step.
 """
 
 import contextlib
@@ -25,6 +28,7 @@ from meshloom.core.counting import count_flops
 from meshloom.core.errors import ConfigError, MeshloomError
 from meshloom.core.hardware import peak_flops
 from meshloom.core.metrics import MetricsFile, ProgressReport, plot_loss, read_metrics
+from meshloom.core.processes import any_process, join_processes, joined
 from meshloom.models.language_model import LanguageModel
 from meshloom.models.language_model import load as load_model
 from meshloom.train.config import TrainConfig
@@ -90,7 +94,9 @@ def train(config: TrainConfig) -> Run:
         CheckpointError: the disk is full, `run_dir` cannot be written, or a checkpoint cannot be read.
         TrainingDivergedError: the loss is not finite; the last checkpoint from before is kept.
     """
-    console = Console(stderr=True, soft_wrap=True)
+    join_processes()
+    first = joined()[0] == 0
+    console = Console(stderr=True, soft_wrap=True, quiet=not first)
     setup = prepare(config, console)
     folder = RunFolder(config.run_dir)
     with Checkpointer(folder.checkpoints, keep=config.keep) as checkpoints:
@@ -107,7 +113,7 @@ def train(config: TrainConfig) -> Run:
                 console.print(f"going on from step {done} of {folder.path}")
             last = _steps(config, setup, state, batches, checkpoints, folder, console)
     metrics = read_metrics(folder.metrics)
-    if jax.process_index() == 0:
+    if first:
         plot_loss(metrics, folder.plot, title=f"{folder.path.name}: {setup.documents} on {setup.mesh_text}")
     run = Run(folder.path, metrics, last, interrupted=last < config.steps)
     if run.interrupted:
@@ -130,8 +136,9 @@ def _steps(
     with console.status("compiling the step") if console.is_terminal else contextlib.nullcontext():
         step = setup.compiled_step()
         meter = Meter(setup)
+    first = jax.process_index() == 0  # which reports; all of them compute and save
     with (
-        MetricsFile(folder.metrics, after=state.done) as lines,
+        MetricsFile(folder.metrics, after=state.done) if first else contextlib.nullcontext() as lines,
         ProgressReport(console, total=config.steps, start=state.done) as progress,
         stop_requested() as stop,
     ):
@@ -147,11 +154,10 @@ def _steps(
             if not math.isfinite(values["loss"]):
                 raise TrainingDivergedError(_diverged(state.done, values["loss"], checkpoints))
             speed = meter.lap(values["tokens"])
-            if jax.process_index() == 0:
-                progress.show(state.done, loss=values["loss"], **speed)
-                if last or state.done % config.log_every == 0:
-                    lines.write({"step": state.done, **values, **speed})
-            stopping = stop.is_set()
+            progress.show(state.done, loss=values["loss"], **speed)
+            if lines is not None and (last or state.done % config.log_every == 0):
+                lines.write({"step": state.done, **values, **speed})
+            stopping = any_process(stop.is_set())
             if last or stopping or state.done % config.checkpoint_every == 0:
                 checkpoints.save(state.done, state.items(position))
             if last or stopping:

@@ -19,7 +19,9 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from meshloom.core.checkpoint import Checkpointer, check_writable, tree_bytes
+from meshloom.core.config import to_dict
 from meshloom.core.errors import ConfigError
+from meshloom.core.processes import check_agreement
 from meshloom.core.topology import make_mesh, use_devices
 from meshloom.models.config import DecoderConfig, ModelConfig
 from meshloom.models.language_model import load as load_model
@@ -44,6 +46,7 @@ from meshloom.train.step import (
     fresh_weights,
     make_step,
     place_batch,
+    share,
     with_optimizer,
 )
 
@@ -112,8 +115,9 @@ class Setup:
 
     def batches(self) -> Batches:
         """This process's rows, from the first one on."""
-        sizes = {"length": self.config.sequence_length, "batch_size": self.config.batch_size}
-        return Batches(self.corpus, **sizes, seed=self.config.seed)
+        config = self.config
+        sizes = {"length": config.sequence_length, "batch_size": config.batch_size, "parts": config.accumulation}
+        return Batches(self.corpus, **sizes, seed=config.seed, share=share(self.layout))
 
     def place(self, batch: Batch) -> Batch:
         """Rows onto the devices."""
@@ -189,8 +193,7 @@ def prepare(config: TrainConfig, console: Console) -> Setup:
     corpus = tokenize(documents, tokenizer, console=console)
     module = abstract_module(model, jnp.float32)
     example = jax.ShapeDtypeStruct((8, max(config.sequence_length, 2)), np.int32)
-    on_cpu = devices[0].platform == "cpu"
-    dtype = {"auto": "float32" if on_cpu else "bfloat16"}.get(config.dtype, config.dtype)
+    dtype = "bfloat16" if config.dtype == "auto" else config.dtype
     layout = derive(module, mesh, example)
     setup = Setup(
         config, model, module, layout, tokenizer, corpus, documents.where, jnp.dtype(dtype), stored is not None
@@ -198,6 +201,8 @@ def prepare(config: TrainConfig, console: Console) -> Setup:
     if stored is not None:
         folder.check_identity(stored, setup.identity)
     _ = setup.abstract_batch  # refuses rows that do not divide over the mesh
+    # No process may write to the folder before all have read it.
+    check_agreement(to_dict(config) | {"begun": setup.begun, "corpus": corpus.key})
     return setup
 
 

@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from meshloom.core.errors import ShardingError
 from meshloom.models.random_weights import random_weights
 from meshloom.models.sequence import Packed
 from meshloom.sharding.constrain import constrained, plain
@@ -130,15 +131,38 @@ def compile_step(step: Callable[..., Any], weights: Weights, batch: Batch, layou
 def place_batch(batch: Batch, layout: Layout, *, accumulation: int) -> Batch:
     """This process's rows `[rows, T + 1]` onto the devices, as `[A, B, T + 1]` with B split like the layout says.
 
+    Args:
+        batch: of each part, the rows that `share` says, part after part.
     Raises:
         ShardingError: the rows of one part do not divide over the `data` and `fsdp` axes.
     """
 
     def place(x: np.ndarray) -> Array:
-        rows = x.reshape(accumulation, -1, x.shape[-1])
-        return jax.make_array_from_process_local_data(parts_sharding(layout, rows.shape[1] * jax.process_count()), rows)
+        mine = x.reshape(accumulation, -1, x.shape[-1])
+        shape = (accumulation, mine.shape[1] * share(layout)[1], x.shape[-1])
+        return jax.make_array_from_process_local_data(parts_sharding(layout, shape[1]), mine, shape)
 
     return jax.tree.map(place, batch)
+
+
+def share(layout: Layout) -> tuple[int, int]:
+    """Which slice of how many equal ones of each part's rows this process holds; (0, 1) is all of them.
+
+    Processes over which the layout splits no rows hold the same ones.
+
+    Raises:
+        ShardingError: the mesh gives this process slices that are no such share.
+    """
+    rows = layout.batch_sharding(layout.batch_ways)
+    places = rows.addressable_devices_indices_map((layout.batch_ways, 1)).values()
+    held = sorted({place[0].indices(layout.batch_ways)[0] for place in places})
+    first, count = held[0], len(held)
+    if held != list(range(first, first + count)) or first % count or layout.batch_ways % count:
+        raise ShardingError(
+            f"this process's devices hold slices {held} of {layout.batch_ways} of a batch's rows, which are no equal "
+            "share in one piece; order the devices of the mesh by process"
+        )
+    return first // count, layout.batch_ways // count
 
 
 def abstract_batch(layout: Layout, *, accumulation: int, rows: int, length: int) -> Batch:

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from meshloom.core.errors import ConfigError, ShardingError
-from meshloom.core.topology import abstract_mesh, make_mesh, parse_devices, simulate_cpu_devices, use_devices
+from meshloom.core.topology import abstract_mesh, make_mesh, network, parse_devices, simulate_cpu_devices, use_devices
 
 
 @pytest.mark.parametrize(
@@ -77,3 +77,35 @@ def test_devices_that_are_not_here_are_refused():
     assert len(use_devices("cpu:8")) == 8
     with pytest.raises(ConfigError, match="h100:8 is 8 x h100, but this process has 8 x cpu"):
         use_devices("h100:8")
+
+
+def test_the_network_of_a_slice_has_one_level_and_of_several_two():
+    (ici,) = network(parse_devices("v5e:4x4"))
+    assert (ici.name, ici.devices, ici.bandwidth) == ("ici", 16, 180e9)
+    inside, between = network(parse_devices("2xv5e:16x16"))
+    assert (inside.devices, between.name, between.devices) == (256, "dcn", 512)
+
+
+def test_the_network_of_gpus_is_that_of_their_nodes():
+    (nvlink,) = network(parse_devices("h100:8"))
+    assert (nvlink.name, nvlink.devices, nvlink.bandwidth) == ("nvlink", 8, 450e9)
+    nvlink, between = network(parse_devices("h100:16x8"))
+    assert (nvlink.devices, between.name, between.devices, between.bandwidth) == (8, "network", 128, 50e9)
+
+
+def test_both_devices_of_a_tpu7x_chip_are_in_its_slice():
+    assert network(parse_devices("tpu7x:2x2x1"))[0].devices == 8
+
+
+def test_a_node_larger_than_any_is_refused_with_how_to_write_it():
+    with pytest.raises(ConfigError, match="a node has at most 8 x h100; write nodes x GPUs, as in h100:2x8"):
+        parse_devices("h100:16")
+
+
+def test_devices_with_no_known_network_are_refused():
+    with pytest.raises(ConfigError, match="unknown chip 'cpu'"):
+        network(parse_devices("cpu:8"))
+
+
+def test_names_of_chips_may_have_a_hyphen():
+    assert parse_devices("a100-40:2x8").count == 16

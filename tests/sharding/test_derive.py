@@ -116,7 +116,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_what_would():
 
 
 def test_an_unknown_axis_is_refused_with_the_known_ones():
-    with pytest.raises(ShardingError, match=r"'model' is unknown; axes are any of data, fsdp, tensor, expert"):
+    with pytest.raises(ShardingError, match=r"'model' is unknown; axes are any of data, fsdp, expert, "):
         derive(block(), abstract(data=2, model=4), EXAMPLE)
 
 

@@ -1,0 +1,98 @@
+"""Candidates for people: the table behind `meshloom plan --explain-cost`, and a picture of memory and time."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from meshloom.sharding.explain import bytes_text
+from meshloom.sharding.planner import Candidate
+
+
+def candidate_table(candidates: Sequence[Candidate], *, title: str) -> Table:
+    """One line per candidate, best first."""
+    table = Table(title=title)
+    for heading in ("mesh", "remat"):
+        table.add_column(heading)
+    for heading in ("rows per device", "parts", "step", "MFU", "memory per device", "fits"):
+        table.add_column(heading, justify="right")
+    for each in candidates:
+        axes = ",".join(f"{axis}={size}" for axis, size in each.mesh.items() if size > 1) or "one device"
+        memory = f"{_size(each.memory.total)} of {_size(each.hbm_bytes)}"
+        numbers = str(each.microbatch), str(each.parts), _time(each.step_time_s), f"{each.mfu:.1%}", memory
+        table.add_row(axes, each.remat, *numbers, "yes" if each.fits else "no")
+    return table
+
+
+def cost_table(candidate: Candidate) -> Table:
+    """Where one candidate's step time and memory go, line by line."""
+    breakdown, table = candidate.breakdown, Table(title=f"predicted cost of {label(candidate)}")
+    for heading in ("what", "limit or level"):
+        table.add_column(heading)
+    for heading in ("FLOPs", "bytes", "time"):
+        table.add_column(heading, justify="right")
+    for group in breakdown.groups:
+        table.add_row(group.name, group.bound, f"{group.flops:.3g}", _size(group.bytes), _time(group.seconds))
+    table.add_row("optimizer update", "memory", "", "", _time(breakdown.optimizer_s), end_section=True)
+    for each in breakdown.collectives:
+        name = f"{each.kind} of {each.purpose} over {each.axis}, {each.count:.0f} x"
+        table.add_row(name, each.level, "", _size(each.bytes), _time(each.seconds))
+    table.add_row("collectives not behind compute", "", "", "", _time(breakdown.exposed_s), end_section=True)
+    for name, amount in dataclasses.asdict(candidate.memory).items():
+        if amount:
+            table.add_row(f"memory: {name.replace('_', ' ')}", "", "", _size(amount), "")
+    total = f"{_size(candidate.memory.total)} of {_size(candidate.hbm_bytes)}"
+    table.add_row("step", "fits" if candidate.fits else "does not fit", "", total, _time(candidate.step_time_s))
+    return table
+
+
+def save_chart(candidates: Sequence[Candidate], path: str | pathlib.Path) -> None:
+    """A PNG with a bar per candidate: its memory stack against the device's, and its step time."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 1.6 + 0.45 * len(candidates)), layout="constrained")
+    FigureCanvasAgg(figure)
+    memory, time = figure.subplots(1, 2, sharey=True)
+    names = [label(each) for each in candidates]
+    stacks = [dataclasses.asdict(each.memory) for each in candidates]
+    parts = [name for name in stacks[0] if any(stack[name] for stack in stacks)]
+    _stack(memory, names, {name: [stack[name] / 2**30 for stack in stacks] for name in parts})
+    memory.axvline(candidates[0].hbm_bytes / 2**30, color="black", linestyle="--", label="device")
+    memory.set_xlabel("memory per device (GiB)")
+    groups = list(dict.fromkeys(group.name for each in candidates for group in each.breakdown.groups))
+    seconds = {
+        name: [sum(g.seconds for g in each.breakdown.groups if g.name == name) for each in candidates]
+        for name in groups
+    }
+    seconds["optimizer"] = [each.breakdown.optimizer_s for each in candidates]
+    seconds["exposed collectives"] = [each.breakdown.exposed_s for each in candidates]
+    _stack(time, names, seconds)
+    time.set_xlabel("step time (s)")
+    memory.invert_yaxis()
+    for axes in (memory, time):
+        axes.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
+    figure.suptitle("predicted, not compiled")
+    figure.savefig(path, dpi=120)
+
+
+def label(candidate: Candidate) -> str:
+    """`fsdp=64,tensor=4 full x2`: mesh, remat, rows per device and part."""
+    axes = ",".join(f"{axis}={size}" for axis, size in candidate.mesh.items() if size > 1) or "one device"
+    return f"{axes} {candidate.remat} x{candidate.microbatch}"
+
+
+def _stack(axes, names: list[str], parts: dict[str, list[float]]) -> None:
+    left = [0.0] * len(names)
+    for name, values in parts.items():
+        axes.barh(names, values, left=left, label=name.replace("_", " "))
+        left = [start + value for start, value in zip(left, values, strict=True)]
+
+
+def _size(count: float | int) -> str:
+    return bytes_text(round(count))
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"

@@ -1,0 +1,92 @@
+"""Seconds that a collective takes: rings with a latency and a bandwidth (alpha-beta), level by level of the network.
+
+An axis of a mesh may lie within a node or slice, or span several. A collective over it is done level by level: a
+gather first brings each shard across the slow network and then spreads it inside; a reduction goes the other way. So
+only one part in n of the bytes crosses the slow level, n being the devices of the group inside.
+
+Bytes are counted as a compiled program's are: those of the result on one device. It knows nothing of models.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from meshloom.core.topology import AXES, Devices, Level
+
+Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """The part of an axis inside one level: `ways` members, and bytes/s per device that they have among them."""
+
+    level: str
+    ways: int
+    bandwidth: float
+    latency: float
+
+
+def axis_spans(devices: Devices, levels: Sequence[Level], mesh: dict[str, int], axis: str) -> tuple[Span, ...]:
+    """Where `axis` lies when the axes are laid out in the order of `AXES`, the last one over neighbours.
+
+    On a torus an axis has the links of the dimensions that it runs along: 16 devices in a row of an 8x8x16 slice have
+    a third of a chip's links.
+    """
+    inside = AXES[AXES.index(axis) + 1 :]
+    stride = math.prod(mesh.get(inner, 1) for inner in inside)
+    size = mesh.get(axis, 1)
+    spans, done = [], 1
+    for level in levels:
+        reach = min(size, max(1, level.devices // stride))
+        ways = -(-reach // done)
+        if ways > 1:
+            share = _links(devices, stride * done, stride * done * ways) if level.name == "ici" else 1.0
+            spans.append(Span(level.name, ways, level.bandwidth * share, level.latency))
+            done *= ways
+    return tuple(spans)
+
+
+def _links(devices: Devices, inner: int, outer: int) -> float:
+    """Share of the torus' dimensions that neighbours between strides `inner` and `outer` run along."""
+    used, stride = 0, 1
+    for size in reversed(devices.shape):
+        if inner < stride * size and stride < outer:
+            used += 1
+        stride *= size
+    return max(used, 1) / len(devices.shape)
+
+
+def seconds(kind: Kind, result_bytes: float, spans: Sequence[Span]) -> float:
+    """Time of one collective whose result has `result_bytes` on each device."""
+    ways = math.prod(span.ways for span in spans)
+    if ways == 1:
+        return 0.0
+    match kind:
+        case "all_gather":
+            return _gather(result_bytes, spans)
+        case "reduce_scatter":
+            return _gather(result_bytes * ways, spans)
+        case "all_reduce":  # a reduce-scatter and an all-gather
+            return 2 * _gather(result_bytes, spans)
+        case "all_to_all":
+            return _exchange(result_bytes, spans, ways)
+
+
+def _gather(whole: float, spans: Sequence[Span]) -> float:
+    """Each level's ring moves all but one part of what its members have together; outer levels only their share."""
+    time = 0.0
+    for span in spans:
+        time += (span.ways - 1) / span.ways * whole / span.bandwidth + (span.ways - 1) * span.latency
+        whole /= span.ways
+    return time
+
+
+def _exchange(local: float, spans: Sequence[Span], ways: int) -> float:
+    """Every device sends an equal part to each member; what goes to members beyond a level crosses the next one."""
+    time, inside = 0.0, 1
+    for span in spans:
+        reach = inside * span.ways
+        time += (reach - inside) / ways * local / span.bandwidth + span.latency
+        inside = reach
+    return time

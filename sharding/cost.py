@@ -1,0 +1,241 @@
+"""Time and memory of one step on one device, from a program's work, a derived layout and a chip's data sheet.
+
+Compute is a roofline per group of products: FLOPs over the peak times the chip's one efficiency constant, or bytes over
+the bandwidth of its memory, whichever takes longer. Collectives follow from what the rules split:
+
+* `fsdp`: weights are gathered where they are used, in forward and again in backward when a scan runs over them; their
+  gradients are reduce-scattered.
+* `tensor`, `expert`: each product that contracts a split class leaves partial sums, reduced once (the all-reduce, or
+  the reduce-scatter and all-gather that XLA may make of it, which moves as much).
+* `data`: gradients are all-reduced; so are those of weights that `fsdp` does not split, over both axes.
+
+`OVERLAP` is an assumption, not a measurement: the fraction of each class of collectives that runs behind compute.
+Memory is what the program keeps, not what a compiler's allocator adds to it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+
+from meshloom.core.errors import ConfigError
+from meshloom.core.hardware import Chip
+from meshloom.core.topology import Devices, network
+from meshloom.sharding import collectives
+from meshloom.sharding.classes import Dim, find
+from meshloom.sharding.collectives import Kind, Span, axis_spans
+from meshloom.sharding.layout import Row
+from meshloom.sharding.work import Leaves, Work
+
+Purpose = Literal["weights", "gradients", "partial sums"]
+# Weights of the next layer are gathered and gradients of the last one reduced while a layer computes; a partial sum is
+# needed by the very next product, and only splitting that product into pieces hides some of it.
+OVERLAP: dict[Purpose, float] = {"weights": 0.9, "gradients": 0.9, "partial sums": 0.3}
+BATCH_AXES = ("data", "fsdp")
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupCost:
+    """One group of products on one device. `bound` is what limits it: "compute" or "memory"."""
+
+    name: str
+    flops: float
+    bytes: float
+    seconds: float
+    bound: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CollectiveCost:
+    """Collectives of one kind, axis and purpose in one step: `bytes` are those of their results on one device."""
+
+    kind: Kind
+    axis: str
+    purpose: Purpose
+    count: float | int
+    bytes: float
+    seconds: float
+    level: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Breakdown:
+    """Where a step's time goes. `exposed_s` is the collectives' time that does not run behind compute."""
+
+    groups: tuple[GroupCost, ...]
+    optimizer_s: float
+    collectives: tuple[CollectiveCost, ...]
+    exposed_s: float
+
+    @property
+    def compute_s(self) -> float:
+        return sum((group.seconds for group in self.groups), 0.0)
+
+    @property
+    def step_s(self) -> float:
+        return self.compute_s + self.optimizer_s + self.exposed_s
+
+    @property
+    def bytes_by_kind(self) -> dict[str, float]:
+        """Collective kind -> bytes of results per device and step."""
+        totals: dict[str, float] = {}
+        for each in self.collectives:
+            totals[each.kind] = totals.get(each.kind, 0.0) + each.bytes
+        return totals
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device at the peak of a step."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    gathered: float
+    kv_cache: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(dataclasses.asdict(self).values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """How a mesh divides the classes of a work: leaf -> {axis: ways}, by the pair rule alone."""
+
+    ways: Mapping[Dim, Mapping[str, int]]
+
+    def over(self, dims: Leaves) -> dict[str, int]:
+        """Axis -> ways in which these classes are split together."""
+        found: dict[str, int] = {}
+        for leaf in dims:
+            for axis, ways in self.ways.get(leaf, {}).items():
+                found[axis] = found.get(axis, 1) * ways
+        return found
+
+    def share(self, amount: float, dims: Leaves) -> float:
+        """What one device has of `amount`."""
+        return amount / math.prod(self.over(dims).values())
+
+
+def split_of(work: Work, rows: Sequence[Row], mesh: Mapping[str, int]) -> Split:
+    """Follows what the pair rule split in each weight to the classes of the program: outermost factors first."""
+    ways: dict[Dim, dict[str, int]] = {}
+    for row, dims in zip(rows, work.leaves, strict=True):
+        for choice, factors in zip(row.choices, dims, strict=True):
+            if choice.rule != "pair" or choice.axis is None:
+                continue
+            left = mesh[choice.axis]
+            for leaf in map(find, factors):
+                taken = math.gcd(leaf.size, left)
+                if taken > 1:
+                    ways.setdefault(leaf, {})[choice.axis] = taken
+                left //= taken
+    return Split(ways)
+
+
+class Pricer:
+    """Prices works on one mesh of one kind of devices."""
+
+    def __init__(self, chip: Chip, devices: Devices, mesh: dict[str, int], dtype: str):
+        if dtype not in chip.flops:
+            raise ConfigError(f"no {dtype} peak is known for {chip.name}; known: {', '.join(chip.flops)}")
+        self.chip, self.mesh, self.dtype = chip, mesh, dtype
+        self.peak = chip.flops[dtype] * chip.efficiency
+        levels = network(devices)
+        self._spans = {axis: axis_spans(devices, levels, mesh, axis) for axis, size in mesh.items() if size > 1}
+
+    def groups(self, work: Work, split: Split, rows: float | int, parts: float | int = 1) -> tuple[GroupCost, ...]:
+        """Roofline of every group with `rows` rows on this device, `parts` times."""
+        scale = rows / work.rows
+        totals: dict[str, list[float]] = {}
+        for table, index, factor in (
+            (work.flops, 0, scale),
+            (work.activation_bytes, 1, scale),
+            (work.weight_bytes, 1, 1.0),
+        ):
+            for (group, dims), amount in table.items():
+                totals.setdefault(group, [0.0, 0.0])[index] += split.share(amount, dims) * factor * parts
+        return tuple(self.group(name, flops, moved) for name, (flops, moved) in totals.items())
+
+    def group(self, name: str, flops: float, moved: float) -> GroupCost:
+        """Time of one group with these FLOPs and bytes."""
+        compute, memory = flops / self.peak, moved / self.chip.hbm_bandwidth
+        return GroupCost(name, flops, moved, max(compute, memory), "compute" if compute >= memory else "memory")
+
+    def partial_sums(self, work: Work, split: Split, rows: float | int, parts: float | int = 1) -> list[CollectiveCost]:
+        """The reductions that split classes cause."""
+        found = []
+        for each in work.reductions:
+            amount = split.share(each.bytes, each.kept) * rows / work.rows
+            for axis in split.over(each.over):
+                found.append(self.collective("all_reduce", axis, "partial sums", amount, each.trips * parts))
+        return found
+
+    def collective(
+        self, kind: Kind, axis: str, purpose: Purpose, result: float | int, count: float | int
+    ) -> CollectiveCost:
+        """`count` collectives with `result` bytes each."""
+        spans: Sequence[Span] = self._spans.get(axis, ())
+        time = count * collectives.seconds(kind, result, spans)
+        return CollectiveCost(kind, axis, purpose, count, count * result, time, spans[-1].level if spans else "none")
+
+    def weights_and_gradients(self, rows: Sequence[Row], parts: int, reductions: int) -> list[CollectiveCost]:
+        """Gathers of stored weights in each of `parts`, and reductions of gradients over `fsdp` and `data`."""
+        fsdp, data = self.mesh.get("fsdp", 1), self.mesh.get("data", 1)
+        item = np.dtype(self.dtype).itemsize
+        found = []
+        for row in rows:
+            layers = stacked(row)
+            stored = any(choice.axis == "fsdp" for choice in row.choices)
+            shard = row.bytes_per_device / np.dtype(row.dtype).itemsize * item / layers
+            whole = shard * fsdp if stored else shard
+            if stored:
+                uses = 2 if layers > 1 else 1
+                found.append(self.collective("all_gather", "fsdp", "weights", whole, uses * layers * parts))
+                found.append(self.collective("reduce_scatter", "fsdp", "gradients", shard, layers * parts))
+            elif fsdp > 1:
+                found.append(self.collective("all_reduce", "fsdp", "gradients", whole, layers * parts))
+            if data > 1:
+                found.append(self.collective("all_reduce", "data", "gradients", shard, layers * reductions))
+        return found
+
+    def breakdown(
+        self, groups: tuple[GroupCost, ...], parts: Sequence[CollectiveCost], optimizer_bytes: float
+    ) -> Breakdown:
+        """Adds up; what overlaps is at most as long as what it hides behind."""
+        merged: dict[tuple, CollectiveCost] = {}
+        for each in parts:
+            key = (each.kind, each.axis, each.purpose)
+            known = merged.get(key)
+            merged[key] = each if known is None else _together(known, each)
+        hidden = sum((OVERLAP[each.purpose] * each.seconds for each in merged.values()), 0.0)
+        compute = sum((group.seconds for group in groups), 0.0)
+        exposed = sum((each.seconds for each in merged.values()), 0.0) - min(hidden, compute)
+        return Breakdown(groups, optimizer_bytes / self.chip.hbm_bandwidth, tuple(merged.values()), exposed)
+
+
+def _together(a: CollectiveCost, b: CollectiveCost) -> CollectiveCost:
+    return dataclasses.replace(a, count=a.count + b.count, bytes=a.bytes + b.bytes, seconds=a.seconds + b.seconds)
+
+
+def stacked(row: Row) -> int:
+    """Layers that a parameter holds, 1 if it is not a stack."""
+    return math.prod(choice.size for choice in row.choices if choice.role == "stack")
+
+
+def elements(row: Row) -> float:
+    """Elements of a parameter on one device."""
+    return row.bytes_per_device / np.dtype(row.dtype).itemsize
+
+
+def gathered_elements(row: Row, fsdp: int) -> float:
+    """Elements that stand gathered at once: two layers of a stack (one is used, one under way), or all of the rest."""
+    if not any(choice.axis == "fsdp" for choice in row.choices):
+        return 0.0
+    layers = stacked(row)
+    return elements(row) * fsdp / layers * (2 if layers > 1 else 1)

@@ -1,0 +1,274 @@
+"""Which mesh, remat policy and micro-batch train a model fastest on given devices: a search without compiling.
+
+A module is traced once per remat policy. Each mesh is then derived by the two rules and priced by arithmetic, so that
+all meshes times all micro-batches are tried. `context` stays 1: nothing here splits a sequence yet. What comes out is a
+guess until it is compiled, and labelled so by whoever prints it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from meshloom.core.errors import ShardingError
+from meshloom.core.hardware import Chip, chip_named
+from meshloom.core.topology import AXES, Devices
+from meshloom.sharding.cost import (
+    BATCH_AXES,
+    Breakdown,
+    Memory,
+    Pricer,
+    Split,
+    elements,
+    gathered_elements,
+    split_of,
+    stacked,
+)
+from meshloom.sharding.layout import Row
+from meshloom.sharding.roles import Roles
+from meshloom.sharding.rules import decide
+from meshloom.sharding.trace import Program
+from meshloom.sharding.training_step import in_dtype
+from meshloom.sharding.work import ROWS, Work, forward_work, training_work
+from meshloom.sharding.workload import TrainWorkload
+
+REMAT = ("none", "dots", "full")
+# The compiler's own buffers, padding and fragmentation: a plan fits if it leaves this share of memory free.
+RESERVE = 0.08
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One way to train, predicted.
+
+    Attributes:
+        microbatch: rows per device and part; `parts` of them make the batch.
+        mfu: useful FLOPs (three times the forward pass) over what all devices could do in the step.
+    """
+
+    mesh: dict[str, int]
+    remat: str
+    microbatch: int
+    parts: int
+    step_time_s: float
+    mfu: float
+    memory: Memory
+    hbm_bytes: int
+    breakdown: Breakdown
+
+    @property
+    def memory_per_device_bytes(self) -> int:
+        return round(self.memory.total)
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.hbm_bytes * (1 - RESERVE)
+
+    def to_json(self) -> dict[str, Any]:
+        """The candidate's entry in `meshloom plan --json`; compiled figures are None until they are known."""
+        return {
+            "mesh": dict(self.mesh),
+            "remat": self.remat,
+            "microbatch": self.microbatch,
+            "parts": self.parts,
+            "step_time_s": self.step_time_s,
+            "mfu": self.mfu,
+            "memory_per_device_bytes": self.memory_per_device_bytes,
+            "compiled_memory_per_device_bytes": None,
+            "hbm_bytes": self.hbm_bytes,
+            "fits": self.fits,
+            "collectives": {
+                kind: {"predicted_bytes": round(amount), "compiled_bytes": None}
+                for kind, amount in self.breakdown.bytes_by_kind.items()
+            },
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A model as the planner knows it: its forward pass, and one training step per remat policy."""
+
+    forward: Work
+    program: Program
+    roles: Roles
+    steps: Mapping[str, Work]
+
+    @property
+    def has_experts(self) -> bool:
+        return "expert" in self.roles.by_leaf.values()
+
+
+def trace_model(
+    module_of: Callable[[str], nnx.Module], workload: TrainWorkload, remats: Sequence[str] = REMAT
+) -> Traced:
+    """Traces each policy once. `module_of(remat)` makes the abstract module, called with tokens `[rows, length]`."""
+    inputs = (jax.ShapeDtypeStruct((ROWS, workload.sequence_length), jnp.int32),)
+    plain, program, roles = forward_work(in_dtype(module_of("none"), workload.dtype), inputs)
+    # What one layer keeps without remat is what its backward holds, so that "none" is always needed.
+    works = {
+        remat: training_work(in_dtype(module_of(remat), workload.dtype), inputs, program, roles)
+        for remat in dict.fromkeys(("none", *remats))
+    }
+    return Traced(plain, program, roles, works)
+
+
+def meshes(count: int, *, experts: bool) -> Iterator[dict[str, int]]:
+    """Every mesh of `count` devices over data, fsdp, tensor, and expert if there are any."""
+    for tensor in _divisors(count):
+        for expert in _divisors(count // tensor) if experts else (1,):
+            for fsdp in _divisors(count // tensor // expert):
+                sizes = {"data": count // tensor // expert // fsdp, "fsdp": fsdp, "expert": expert, "tensor": tensor}
+                yield {axis: sizes[axis] for axis in AXES if axis in sizes}
+
+
+def plan_training(
+    module_of: Callable[[str], nnx.Module],
+    devices: Devices,
+    workload: TrainWorkload,
+    *,
+    chip: Chip | None = None,
+    mesh: Mapping[str, int] | None = None,
+    remats: Sequence[str] = REMAT,
+    limit: int = 20,
+) -> list[Candidate]:
+    """The best candidates, best first: what fits before what does not, then by step time, then by memory.
+
+    Args:
+        module_of: remat policy -> abstract module; scan its layers, or tracing takes as long as there are layers.
+        chip: other figures than the table's, e.g. for a CPU. mesh: only this one.
+    Raises:
+        ConfigError: the chip is unknown. ShardingError: no mesh takes the batch; the message says which would.
+    """
+    if devices.count < 1 or (devices.platform == "cpu" and chip is None):
+        raise ShardingError(
+            f'a training plan is for devices of the hardware table, such as "v5p:4x4x4" or "h100:8"; '
+            f"got {devices.platform!r}"
+        )
+    chip = chip or chip_named(devices.platform)
+    traced = trace_model(module_of, workload, remats)
+    tried = [dict(mesh)] if mesh is not None else list(meshes(devices.count, experts=traced.has_experts))
+    found = [candidate for sizes in tried for candidate in price_mesh(traced, devices, chip, sizes, workload, remats)]
+    if not found:
+        raise ShardingError(_no_mesh(devices, workload, mesh))
+    found.sort(key=lambda each: (not each.fits, each.step_time_s if each.fits else each.memory.total))
+    return found[:limit]
+
+
+def price_mesh(
+    traced: Traced,
+    devices: Devices,
+    chip: Chip,
+    mesh: dict[str, int],
+    workload: TrainWorkload,
+    remats: Sequence[str],
+) -> Iterator[Candidate]:
+    """All remat policies and micro-batches on one mesh; none if its axes do not take the batch or split nothing."""
+    if unknown := [axis for axis in mesh if axis not in AXES]:
+        raise ShardingError(f"unknown mesh axis {unknown[0]!r}; axes are any of {', '.join(AXES)}")
+    if math.prod(mesh.values()) != devices.count:
+        raise ShardingError(f"mesh {mesh} needs {math.prod(mesh.values())} devices; there are {devices.count}")
+    ways = math.prod(mesh.get(axis, 1) for axis in BATCH_AXES)
+    if workload.rows % ways:
+        return
+    rules, _ = decide(traced.program, traced.roles, mesh)
+    used = {choice.axis for row in rules for choice in row.choices}
+    if any(mesh.get(axis, 1) > 1 and axis not in used for axis in ("tensor", "expert")):
+        return
+    pricer = Pricer(chip, devices, mesh, workload.dtype)
+    for remat in remats:
+        work = traced.steps[remat]
+        split = split_of(work, rules, mesh)
+        none_split = split_of(traced.steps["none"], rules, mesh)
+        forward_split = split_of(traced.forward, rules, mesh)
+        for microbatch in _divisors(workload.rows // ways):
+            parts = workload.rows // ways // microbatch
+            memory = _memory(traced, work, rules, (split, none_split, forward_split), mesh, workload, microbatch, parts)
+            breakdown = _step(pricer, work, rules, split, workload, microbatch, parts)
+            useful = 3 * traced.forward.total_flops / traced.forward.rows * workload.rows
+            peak = chip.flops[workload.dtype] * devices.count
+            yield Candidate(
+                mesh,
+                remat,
+                microbatch,
+                parts,
+                breakdown.step_s,
+                useful / peak / breakdown.step_s,
+                memory,
+                chip.hbm_bytes,
+                breakdown,
+            )
+
+
+def _step(
+    pricer: Pricer,
+    work: Work,
+    rules: Sequence[Row],
+    split: Split,
+    workload: TrainWorkload,
+    microbatch: int,
+    parts: int,
+) -> Breakdown:
+    moved = pricer.partial_sums(work, split, microbatch, parts)
+    moved += pricer.weights_and_gradients(rules, parts, parts if workload.reduce_every_part else 1)
+    # The update reads parameters, gradients and state, and writes parameters and state.
+    each = 2 * workload.parameter_bytes + 2 * workload.optimizer_bytes_per_parameter + workload.gradient_bytes
+    update = each * sum(elements(row) for row in rules)
+    return pricer.breakdown(pricer.groups(work, split, microbatch, parts), moved, update)
+
+
+def _memory(
+    traced: Traced,
+    work: Work,
+    rules: Sequence[Row],
+    splits: tuple[Split, Split, Split],
+    mesh: Mapping[str, int],
+    workload: TrainWorkload,
+    microbatch: int,
+    parts: int,
+) -> Memory:
+    split, none_split, forward_split = splits
+    held = sum(elements(row) for row in rules)
+    item = np.dtype(workload.dtype).itemsize
+    scale = microbatch / work.rows
+    saved = sum((split.share(each.bytes, each.dims) for each in work.saved), 0.0)
+    # Backward through one layer holds what that layer would save without remat.
+    layer = sum(
+        none_split.share(each.bytes, each.dims) / each.layers for each in traced.steps["none"].saved if each.layers > 1
+    )
+    logits = sum(forward_split.share(each.bytes, each.dims) for each in traced.forward.output)
+    gathered = sum(gathered_elements(row, mesh.get("fsdp", 1)) for row in rules)
+    # Gradients in the computation's dtype stand beside those of earlier parts that they are added to.
+    gradient = item + (workload.gradient_bytes if parts > 1 or workload.gradient_bytes > item else 0)
+    copy = item if item < workload.parameter_bytes else 0
+    largest = max((elements(row) / stacked(row) * mesh.get("fsdp", 1) for row in rules), default=0.0)
+    return Memory(
+        weights=held * (workload.parameter_bytes + copy),
+        gradients=held * gradient + largest * item,
+        optimizer=held * workload.optimizer_bytes_per_parameter,
+        activations=(saved + layer) * scale,
+        logits=2 * logits * microbatch / traced.forward.rows,  # themselves and their gradient
+        gathered=gathered * item,
+    )
+
+
+def _no_mesh(devices: Devices, workload: TrainWorkload, mesh: Mapping[str, int] | None) -> str:
+    if mesh is not None:
+        ways = math.prod(mesh.get(axis, 1) for axis in BATCH_AXES)
+        nearest = max(workload.rows // ways, 1) * ways
+        return (
+            f"mesh {dict(mesh)} cannot be used: {workload.rows} rows over data x fsdp = {ways} devices, or an axis "
+            f"that splits no weight; use a batch of {nearest * workload.sequence_length} tokens, or another mesh"
+        )
+    return (
+        f"no mesh of {devices.count} devices takes {workload.rows} rows of {workload.sequence_length} tokens: use a "
+        f"batch of {devices.count * workload.sequence_length} tokens, which every mesh divides"
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [each for each in range(1, number + 1) if number % each == 0]

@@ -1,0 +1,184 @@
+"""How a model is best served on given devices: mesh, batch, KV dtype and weight dtype for given target times.
+
+A prompt is computed by one replica alone; decoding reads all weights and the cached keys and values once per step, for
+as many sequences as run together. Prompts that arrive meanwhile are computed between steps, so that each answer's
+tokens also wait for its share of them. Weights are split over `tensor` (and `expert`) and never over `fsdp`: gathering
+them for every token would cost more than reading them.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from meshloom.core.errors import ShardingError
+from meshloom.core.hardware import Chip, chip_named
+from meshloom.core.topology import Devices
+from meshloom.sharding.cost import Breakdown, Memory, Pricer, Split, elements, split_of
+from meshloom.sharding.layout import Row
+from meshloom.sharding.planner import RESERVE, meshes
+from meshloom.sharding.rules import decide
+from meshloom.sharding.training_step import in_dtype
+from meshloom.sharding.work import ROWS, Work, forward_work
+from meshloom.sharding.workload import ServeWorkload
+
+KV_DTYPES = ("bfloat16", "int8")
+WEIGHT_DTYPES = ("bfloat16", "int8")
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeCandidate:
+    """One way to serve, predicted.
+
+    Attributes:
+        batch: sequences that each of the mesh's `data` replicas decodes together.
+        tpot_s: seconds per token of one answer, its share of others' prompts included.
+        tokens_per_s: output tokens of all replicas together.
+        requests_per_s: the same in whole requests.
+    """
+
+    mesh: dict[str, int]
+    batch: int
+    kv_dtype: str
+    weight_dtype: str
+    ttft_s: float
+    tpot_s: float
+    tokens_per_s: float
+    requests_per_s: float
+    memory: Memory
+    hbm_bytes: int
+    meets_targets: bool
+    breakdown: Breakdown
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.hbm_bytes * (1 - RESERVE)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for `meshloom plan --json`."""
+        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del plain["memory"], plain["breakdown"]
+        return plain | {"memory_per_device_bytes": round(self.memory.total), "fits": self.fits}
+
+
+def plan_serving(
+    module: nnx.Module,
+    devices: Devices,
+    workload: ServeWorkload,
+    *,
+    chip: Chip | None = None,
+    limit: int = 20,
+) -> list[ServeCandidate]:
+    """The best candidates: those that fit and meet the targets first, then by output tokens per second.
+
+    Args:
+        module: abstract, with an `init_cache(pages, page_size, dtype)`, which says what a cached token takes.
+    Raises:
+        ConfigError: the chip is unknown. ShardingError: the module has no cache, or no mesh holds one request.
+    """
+    if devices.count < 1:
+        raise ShardingError('a plan needs devices with a shape, such as "v5e:2x4" or "h100:8"; got "local"')
+    if not hasattr(module, "init_cache"):
+        raise ShardingError(f"{type(module).__name__} has no init_cache(): only modules with a KV cache can be served")
+    chip = chip or chip_named(devices.platform)
+    inputs = (jax.ShapeDtypeStruct((ROWS, workload.input_length), jnp.int32),)
+    work, program, roles = forward_work(in_dtype(module, "bfloat16"), inputs)
+    cache = jax.eval_shape(lambda: module.init_cache(1, 1, jnp.int8))
+    cached = float(sum(leaf.size for leaf in jax.tree.leaves(cache)))  # elements per token
+    experts = "expert" in roles.by_leaf.values()
+    found: list[ServeCandidate] = []
+    for mesh in meshes(devices.count, experts=experts):
+        if mesh["fsdp"] > 1:
+            continue
+        rules, kv_axis = decide(program, roles, mesh)
+        used = {choice.axis for row in rules for choice in row.choices}
+        if any(mesh.get(axis, 1) > 1 and axis not in used for axis in ("tensor", "expert")):
+            continue
+        local = cached / (mesh[kv_axis] if kv_axis else 1)
+        found += _price(work, rules, mesh, devices, chip, workload, local)
+    if not any(each.fits for each in found):
+        least = min((each.memory.total for each in found), default=0.0)
+        raise ShardingError(
+            f"no mesh of {devices.count} x {chip.name} holds the model and one request: the least is "
+            f"{least / 1e9:.1f} GB per device of {chip.hbm_bytes / 1e9:.1f} GB; use more devices or larger ones"
+        )
+    found.sort(key=lambda each: (not each.fits, not each.meets_targets, -each.tokens_per_s))
+    return found[:limit]
+
+
+def _price(
+    work: Work,
+    rules: tuple[Row, ...],
+    mesh: dict[str, int],
+    devices: Devices,
+    chip: Chip,
+    workload: ServeWorkload,
+    cached: float,
+) -> Iterator[ServeCandidate]:
+    split = split_of(work, rules, mesh)
+    pricer = Pricer(chip, devices, mesh, "bfloat16")
+    length = workload.input_length + workload.output_length
+    replicas = mesh["data"]
+    held = sum(elements(row) for row in rules)
+    prefill = _prefill(pricer, work, split)
+    for weight_dtype in WEIGHT_DTYPES:
+        weights = held * np.dtype(jnp.dtype(weight_dtype)).itemsize
+        for kv_dtype in KV_DTYPES:
+            per_token = cached * np.dtype(jnp.dtype(kv_dtype)).itemsize
+            room = chip.hbm_bytes * (1 - RESERVE) - weights
+            most = max(int(room // (per_token * length)), 1)
+            if workload.concurrency is not None:
+                most = min(most, -(-workload.concurrency // replicas))
+            for batch in _doublings(most):
+                context = workload.input_length + workload.output_length / 2
+                step = _decode(pricer, work, split, workload, batch, weights, batch * context * per_token)
+                # Between two of its tokens an answer waits for one step and its share of the prompts of the batch.
+                tpot = step.step_s + batch * prefill / workload.output_length
+                rate = replicas * batch / tpot
+                meets = (workload.ttft_s is None or prefill + tpot <= workload.ttft_s) and (
+                    workload.tpot_s is None or tpot <= workload.tpot_s
+                )
+                enough = workload.concurrency is None or replicas * batch >= workload.concurrency
+                memory = Memory(weights, 0.0, 0.0, 0.0, 0.0, 0.0, kv_cache=batch * length * per_token)
+                yield ServeCandidate(
+                    mesh,
+                    batch,
+                    kv_dtype,
+                    weight_dtype,
+                    prefill + tpot,
+                    tpot,
+                    rate,
+                    rate / workload.output_length,
+                    memory,
+                    chip.hbm_bytes,
+                    meets and enough,
+                    step,
+                )
+
+
+def _prefill(pricer: Pricer, work: Work, split: Split) -> float:
+    """Seconds for one prompt on one replica."""
+    return pricer.breakdown(pricer.groups(work, split, 1), pricer.partial_sums(work, split, 1), 0.0).step_s
+
+
+def _decode(
+    pricer: Pricer, work: Work, split: Split, workload: ServeWorkload, batch: int, weights: float, cache: float
+) -> Breakdown:
+    """One step of `batch` sequences: products with one row each, and the cache read once."""
+    rows = batch / workload.input_length
+    products = pricer.groups(work, split, rows)
+    flops = sum(group.flops for group in products if group.name != "attention")
+    # Scores and sums over the cache: four FLOPs per cached element and query of its group, never more than its bytes.
+    step = pricer.group("weights", flops, weights)
+    read = pricer.group("cache", 0.0, cache)
+    return pricer.breakdown((step, read), pricer.partial_sums(work, split, rows), 0.0)
+
+
+def _doublings(most: int) -> list[int]:
+    """1, 2, 4, ... and `most` itself."""
+    sizes = [1 << power for power in range(most.bit_length()) if 1 << power < most]
+    return [*sizes, most]

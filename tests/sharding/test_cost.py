@@ -1,0 +1,104 @@
+"""Costs that can be counted on paper: a two-layer MLP on a few devices, and rings over a network."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from meshloom.core.hardware import chip_named
+from meshloom.core.topology import Level, parse_devices
+from meshloom.sharding.collectives import Span, axis_spans, seconds
+from meshloom.sharding.cost import OVERLAP, Pricer, split_of
+from meshloom.sharding.rules import decide
+from meshloom.sharding.work import ROWS, forward_work, training_work
+
+LENGTH, WIDTH, INNER = 16, 32, 128
+TOKENS = ROWS * LENGTH
+
+
+class MLP(nnx.Module):
+    def __init__(self):
+        self.up, self.down = nnx.Param(jnp.zeros((INNER, WIDTH))), nnx.Param(jnp.zeros((WIDTH, INNER)))
+
+    def __call__(self, x):
+        return x + jax.nn.relu(x @ self.up.T) @ self.down.T
+
+
+INPUTS = (jax.ShapeDtypeStruct((ROWS, LENGTH, WIDTH), jnp.float32),)
+
+
+def works():
+    module = nnx.eval_shape(MLP)
+    forward, program, roles = forward_work(module, INPUTS)
+    return forward, training_work(module, INPUTS, program, roles), program, roles
+
+
+def test_flops_of_an_mlp_are_two_products_forward_and_three_backward():
+    forward, step, *_ = works()
+    product = 2 * TOKENS * WIDTH * INNER
+    assert forward.total_flops == 2 * product
+    # No gradient of the inputs is wanted: one product less than twice the forward pass.
+    assert step.total_flops == 5 * product
+
+
+def test_bytes_of_an_mlp_are_its_operands_and_results():
+    forward, *_ = works()
+    assert sum(forward.weight_bytes.values()) == 2 * WIDTH * INNER * 4
+    assert sum(forward.activation_bytes.values()) == 2 * TOKENS * (WIDTH + INNER) * 4
+
+
+def test_tensor_halves_the_flops_of_an_mlp_and_costs_one_reduction():
+    forward, _, program, roles = works()
+    mesh = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 2}
+    rules, _ = decide(program, roles, mesh)
+    split = split_of(forward, rules, mesh)
+    pricer = Pricer(chip_named("h100"), parse_devices("h100:2"), mesh, "float32")
+    (group,) = pricer.groups(forward, split, ROWS)
+    assert group.flops == forward.total_flops / 2
+    (reduction,) = pricer.partial_sums(forward, split, ROWS)
+    assert (reduction.kind, reduction.axis, reduction.bytes) == ("all_reduce", "tensor", TOKENS * WIDTH * 4)
+
+
+def test_fsdp_gathers_each_weight_and_scatters_each_gradient():
+    *_, program, roles = works()
+    mesh = {"data": 2, "fsdp": 4, "expert": 1, "tensor": 1}
+    rules, _ = decide(program, roles, mesh)
+    pricer = Pricer(chip_named("h100"), parse_devices("h100:8"), mesh, "float32")
+    found = pricer.weights_and_gradients(rules, 1, 1)
+    moved = pricer.breakdown((), found, 0.0).bytes_by_kind
+    weights = 2 * WIDTH * INNER * 4
+    assert moved == {"all_gather": weights, "reduce_scatter": weights / 4, "all_reduce": weights / 4}
+
+
+def test_hidden_time_is_never_more_than_compute():
+    *_, program, roles = works()
+    mesh = {"data": 1, "fsdp": 8, "expert": 1, "tensor": 1}
+    rules, _ = decide(program, roles, mesh)
+    pricer = Pricer(chip_named("h100"), parse_devices("h100:8"), mesh, "float32")
+    found = pricer.weights_and_gradients(rules, 1, 1)
+    total = sum(each.seconds for each in found)
+    assert pricer.breakdown((), found, 0.0).exposed_s == total
+    assert all(0 <= fraction < 1 for fraction in OVERLAP.values())
+
+
+def test_ring_times_are_those_of_the_formulas():
+    ring = (Span("nvlink", 4, 100.0, 0.5),)
+    assert seconds("all_gather", 800.0, ring) == 3 / 4 * 800 / 100 + 3 * 0.5
+    assert seconds("reduce_scatter", 200.0, ring) == seconds("all_gather", 800.0, ring)
+    assert seconds("all_reduce", 800.0, ring) == 2 * seconds("all_gather", 800.0, ring)
+    assert seconds("all_to_all", 800.0, ring) == 3 / 4 * 800 / 100 + 0.5
+    assert seconds("all_reduce", 800.0, ()) == 0
+
+
+def test_only_a_share_crosses_the_slow_level():
+    spans = (Span("nvlink", 8, 100.0, 0.0), Span("network", 2, 10.0, 0.0))
+    assert seconds("all_gather", 800.0, spans) == pytest.approx(7 / 8 * 800 / 100 + 1 / 2 * 100 / 10)
+
+
+def test_an_axis_along_one_torus_dimension_has_a_third_of_the_links():
+    devices, levels = parse_devices("v5p:8x8x16"), (Level("ici", 1024, 540e9, 1e-6),)
+    mesh = {"data": 1, "fsdp": 64, "expert": 1, "tensor": 16}
+    (tensor,) = axis_spans(devices, levels, mesh, "tensor")
+    (fsdp,) = axis_spans(devices, levels, mesh, "fsdp")
+    assert tensor.bandwidth == pytest.approx(180e9)
+    assert fsdp.bandwidth == pytest.approx(360e9)

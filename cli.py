@@ -110,8 +110,8 @@ class Plan(Model):
             a mixture of experts, else tensor=2 if the key/value heads are even; fsdp takes the rest. With
             --batch-tokens, None searches all meshes.
         batch_tokens: tokens of one training step over all devices; asks for a training plan.
-        sequence_length: tokens per row of a training plan.
-        candidates: how many plans to show, best first.
+        sequence_length: tokens per row of a training plan; None is 4096, or the model's context if that is shorter.
+        candidates: how many training plans to show, best first; None is 5.
         explain_cost: also print where the best plan's time and memory go.
         chart: PNG to write, with the memory and the step time of every plan shown.
     """
@@ -119,8 +119,8 @@ class Plan(Model):
     devices: str = "local"
     mesh: str | None = None
     batch_tokens: int | None = None
-    sequence_length: int = 4096
-    candidates: int = 5
+    sequence_length: int | None = None
+    candidates: int | None = None
     explain_cost: bool = False
     chart: pathlib.Path | None = None
 

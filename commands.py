@@ -31,6 +31,7 @@ from meshloom.serve.config import BenchServeConfig, ChatConfig, ServeConfig
 from meshloom.serve.engine import Engine
 from meshloom.serve.request import SamplingParams
 from meshloom.sharding import derive, table
+from meshloom.sharding.charts import candidate_table, cost_table, save_chart
 from meshloom.sharding.explain import spec_text
 from meshloom.sharding.planner import plan_training
 from meshloom.sharding.workload import TrainWorkload
@@ -47,9 +48,11 @@ def _load(command: Any) -> LanguageModel:
     mesh = _mesh(command)
     enable_compilation_cache()
     dtype = None if command.dtype == "auto" else command.dtype
-    return load(
-        command.model, dtype=dtype, mesh=mesh, quantize=None if command.quantize == "none" else command.quantize
-    )
+    quantize = None if command.quantize == "none" else command.quantize
+    lm = load(command.model, dtype=dtype, mesh=mesh, quantize=quantize)
+    if lm.quantized and command.quantize == "auto":
+        print("weights are held as int8 (--quantize none: as the file's numbers)", file=sys.stderr)
+    return lm
 
 
 def _mesh(command: Any) -> Mesh | None:
@@ -122,8 +125,10 @@ def plan(command: cli.Plan) -> dict[str, Any]:
 
 
 def _layout(command: cli.Plan) -> dict[str, Any]:
-    if command.explain_cost or command.chart is not None:
-        raise ConfigError("--explain-cost and --chart are of a training plan; say its --batch-tokens")
+    asked = {"--sequence-length": command.sequence_length, "--candidates": command.candidates, "--chart": command.chart}
+    asked["--explain-cost"] = command.explain_cost or None
+    if given := [flag for flag, value in asked.items() if value is not None]:
+        raise ConfigError(f"{', '.join(given)}: of a training plan; say its --batch-tokens")
     count = parse_devices(command.devices).count or len(jax.devices())
     mesh = abstract_mesh(command.mesh or default_axes(command.model, count), count)
     # Stacked, equal layers are one row of the table, and tracing does not grow with depth.
@@ -148,18 +153,22 @@ def _layout(command: cli.Plan) -> dict[str, Any]:
 
 
 def _training_plan(command: cli.Plan, batch_tokens: int) -> dict[str, Any]:
-    from meshloom.sharding.charts import candidate_table, cost_table, save_chart  # SciPy and Matplotlib are slow
-
     config = abstract(command.model, scan_layers=True)[0]
     if not isinstance(config, DecoderConfig):
         raise ConfigError(f"{command.model} is an encoder-decoder; training plans are for decoders")
-    devices, workload = parse_devices(command.devices), TrainWorkload(batch_tokens, command.sequence_length)
-    mesh = None if command.mesh is None else dict(abstract_mesh(command.mesh, devices.count).shape)
+    length = min(4096, config.context) if command.sequence_length is None else command.sequence_length
+    if length > config.context:
+        raise ConfigError(
+            f"sequence_length={length} is longer than {command.model}'s context of {config.context} tokens"
+        )
+    devices, workload = parse_devices(command.devices), TrainWorkload(batch_tokens, length)
 
     def module_of(remat: Any) -> Any:
         return abstract_module(dataclasses.replace(config, remat=remat), jnp.float32)
 
-    found = plan_training(module_of, devices, workload, mesh=mesh, limit=command.candidates)
+    found = plan_training(
+        module_of, devices, workload, mesh=command.mesh, limit=5 if command.candidates is None else command.candidates
+    )
     if not command.json:
         console = Console(width=None if sys.stdout.isatty() else 180)
         console.print(candidate_table(found, title=f"{command.model} on {command.devices}: predicted, not compiled"))

@@ -1,6 +1,6 @@
 """`load`: a model from any source, its weights placed by the layout that `sharding` derives from its trace."""
 
-from typing import Any, Literal
+from typing import Any
 
 from flax import nnx
 from jax.sharding import Mesh
@@ -16,7 +16,7 @@ def load(
     dtype: Any = None,
     mesh: Mesh | None = None,
     scan_layers: bool | None = None,
-    quantize: Literal["auto", "int8"] | None = None,
+    quantize: str | None = None,
 ) -> LanguageModel:
     """Loads a language model, tensor by tensor, onto one device or spread over a mesh.
 

@@ -11,7 +11,6 @@ work counts as done.
 import argparse
 import dataclasses
 import functools
-import re
 import statistics
 
 import jax.numpy as jnp
@@ -255,11 +254,6 @@ def fit(rows: list[Row], chip: Chip) -> float:
     return min(range(20, 100), key=error) / 100
 
 
-def parse_platform(devices: str) -> str:
-    """`v5e` of `32xv5e:16x16`."""
-    return re.sub(r"^\d+x", "", devices.split(":")[0])
-
-
 def main() -> None:
     """Prints the table as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -267,13 +261,10 @@ def main() -> None:
     options = parser.parse_args()
     by_chip: dict[str, list[Row]] = {}
     for row in ROWS:
-        by_chip.setdefault(parse_platform(row.devices), []).append(row)
+        by_chip.setdefault(parse_devices(row.devices).platform, []).append(row)
     errors = []
     print("| run | published | predicted | error | assumed |\n|---|---|---|---|---|")
     for name, rows in by_chip.items():
-        if name not in CHIPS:
-            print(f"| {len(rows)} rows on {name}, which is not in the hardware table | | | | |")
-            continue
         chip = CHIPS[name]
         if options.fit:
             chip = dataclasses.replace(chip, efficiency=fit(rows, chip))

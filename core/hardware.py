@@ -25,13 +25,14 @@ class Chip:
         link_bandwidth: bytes/s, one direction, summed over the links to neighbours in the same slice or node.
         network_bandwidth: bytes/s of one device, one direction, between slices or nodes.
         node_devices: GPUs of a node, or None for a TPU, whose slices have many sizes.
+        torus: for a TPU, the dimensions of a slice, 2 or 3. pod_chips: chips of the largest slice.
         efficiency: share of the peak that large products reach in a training step, the one constant per chip of the
             cost model: fitted to published runs where there are any (docs/planner.md), else assumed.
         price_per_hour: US dollars per device, on demand, or None where nobody lists one; a default to override.
         watts: board or chip power, or None where the vendor does not say.
         kinds: how `jax.Device.device_kind` spells it, lower case; empty for a chip to plan with only.
-        source: of peaks, memory, links and power; of links and networks of TPUs: Austin et al. 2025, How to Scale Your
-            Model, part 2.
+        source: of peaks, memory, networks and power; of links of TPUs, and networks of v4 and tpu7x: Austin et al. 2025,
+            How to Scale Your Model, part 2.
         devices_per_chip: JAX devices on one chip of a topology such as "tpu7x:2x2x1".
     """
 
@@ -43,6 +44,8 @@ class Chip:
     network_bandwidth: float
     source: str
     node_devices: int | None = None
+    torus: int = 0
+    pod_chips: int = 0
     efficiency: float = 0.6
     price_per_hour: float | None = None
     watts: float | None = None
@@ -53,40 +56,33 @@ class Chip:
 _TERA, _GIGA, _GIB = 1e12, 1e9, 2**30
 
 
-def _hopper(name: str, hbm_bytes: int, hbm_bandwidth: float, price: float, kind: str, source: str) -> Chip:
-    """H100 and H200 differ in their memory alone."""
-    return Chip(
-        name=name,
-        flops={"bfloat16": 989.4 * _TERA, "float32": 66.9 * _TERA, "int8": 1978.9 * _TERA, "float8": 1978.9 * _TERA},
-        hbm_bytes=hbm_bytes,
-        hbm_bandwidth=hbm_bandwidth,
-        link_bandwidth=450 * _GIGA,
-        network_bandwidth=50 * _GIGA,
-        node_devices=8,
-        price_per_hour=price,
-        watts=700.0,
-        kinds=(kind,),
-        source=source,
-    )
-
-
-def _ampere(name: str, hbm_bytes: int, hbm_bandwidth: float, price: float, kind: str, source: str) -> Chip:
-    """The two A100 differ in their memory alone."""
-    return Chip(
-        name=name,
-        flops={"bfloat16": 312 * _TERA, "float32": 19.5 * _TERA, "int8": 624 * _TERA},
-        hbm_bytes=hbm_bytes,
-        hbm_bandwidth=hbm_bandwidth,
-        link_bandwidth=300 * _GIGA,
-        network_bandwidth=25 * _GIGA,
-        node_devices=8,
-        efficiency=0.55,
-        price_per_hour=price,
-        watts=400.0,
-        kinds=(kind,),
-        source=source,
-    )
-
+_A100 = Chip(
+    name="a100",
+    flops={"bfloat16": 312 * _TERA, "float32": 19.5 * _TERA, "int8": 624 * _TERA},
+    hbm_bytes=80 * 10**9,
+    hbm_bandwidth=2.039 * _TERA,
+    link_bandwidth=300 * _GIGA,
+    network_bandwidth=25 * _GIGA,
+    node_devices=8,
+    efficiency=0.55,
+    price_per_hour=5.07,
+    watts=400.0,
+    kinds=("nvidia a100-sxm4-80gb",),
+    source="NVIDIA A100 80GB SXM data sheet; network of a DGX A100, 200 Gb/s per GPU",
+)
+_H100 = Chip(
+    name="h100",
+    flops={"bfloat16": 989.4 * _TERA, "float32": 66.9 * _TERA, "int8": 1978.9 * _TERA, "float8": 1978.9 * _TERA},
+    hbm_bytes=80 * 10**9,
+    hbm_bandwidth=3.35 * _TERA,
+    link_bandwidth=450 * _GIGA,
+    network_bandwidth=50 * _GIGA,
+    node_devices=8,
+    price_per_hour=6.88,
+    watts=700.0,
+    kinds=("nvidia h100 80gb hbm3",),
+    source="NVIDIA H100 SXM data sheet; network of a DGX H100, 400 Gb/s per GPU",
+)
 
 # Prices are the on-demand list prices of Google Cloud (TPUs, V100, A100) and AWS (H100, H200, B200) of 2025.
 CHIPS = {
@@ -99,6 +95,8 @@ CHIPS = {
             hbm_bandwidth=1.228 * _TERA,
             link_bandwidth=6 * 45 * _GIGA,
             network_bandwidth=6.25 * _GIGA,
+            torus=3,
+            pod_chips=4096,
             price_per_hour=3.22,
             watts=192.0,
             kinds=("tpu v4",),
@@ -110,7 +108,9 @@ CHIPS = {
             hbm_bytes=16 * _GIB,
             hbm_bandwidth=0.819 * _TERA,
             link_bandwidth=4 * 45 * _GIGA,
-            network_bandwidth=6.25 * _GIGA,
+            network_bandwidth=3.125 * _GIGA,
+            torus=2,
+            pod_chips=256,
             efficiency=0.71,
             price_per_hour=1.20,
             kinds=("tpu v5 lite", "tpu v5e"),
@@ -123,6 +123,8 @@ CHIPS = {
             hbm_bandwidth=2.765 * _TERA,
             link_bandwidth=6 * 90 * _GIGA,
             network_bandwidth=6.25 * _GIGA,
+            torus=3,
+            pod_chips=8960,
             efficiency=0.81,
             price_per_hour=4.20,
             kinds=("tpu v5", "tpu v5p"),
@@ -135,6 +137,8 @@ CHIPS = {
             hbm_bandwidth=1.64 * _TERA,
             link_bandwidth=4 * 90 * _GIGA,
             network_bandwidth=12.5 * _GIGA,
+            torus=2,
+            pod_chips=256,
             efficiency=0.48,
             price_per_hour=2.70,
             kinds=("tpu v6 lite", "tpu v6e"),
@@ -147,6 +151,8 @@ CHIPS = {
             hbm_bandwidth=7.38 / 2 * _TERA,
             link_bandwidth=6 * 90 / 2 * _GIGA,
             network_bandwidth=12.5 / 2 * _GIGA,
+            torus=3,
+            pod_chips=9216,
             kinds=("tpu7x",),
             source="Google Cloud TPU7x (Ironwood) system architecture, half a chip; network as v6e",
             devices_per_chip=2,
@@ -163,37 +169,25 @@ CHIPS = {
             watts=300.0,
             source="NVIDIA V100 SXM2 data sheet; network of a DGX-1, four 100 Gb/s ports for eight GPUs",
         ),
-        _ampere(
-            "a100-40",
-            40 * 10**9,
-            1.555 * _TERA,
-            3.67,
-            "nvidia a100-sxm4-40gb",
-            "NVIDIA A100 40GB SXM data sheet; network of a DGX A100, 200 Gb/s per GPU",
+        dataclasses.replace(
+            _A100,
+            name="a100-40",
+            hbm_bytes=40 * 10**9,
+            hbm_bandwidth=1.555 * _TERA,
+            price_per_hour=3.67,
+            kinds=("nvidia a100-sxm4-40gb",),
+            source="NVIDIA A100 40GB SXM data sheet; network of a DGX A100, 200 Gb/s per GPU",
         ),
-        _ampere(
-            "a100",
-            80 * 10**9,
-            2.039 * _TERA,
-            5.07,
-            "nvidia a100-sxm4-80gb",
-            "NVIDIA A100 80GB SXM data sheet; network of a DGX A100, 200 Gb/s per GPU",
-        ),
-        _hopper(
-            "h100",
-            80 * 10**9,
-            3.35 * _TERA,
-            6.88,
-            "nvidia h100 80gb hbm3",
-            "NVIDIA H100 SXM data sheet; network of a DGX H100, 400 Gb/s per GPU",
-        ),
-        _hopper(
-            "h200",
-            141 * 10**9,
-            4.8 * _TERA,
-            7.91,
-            "nvidia h200",
-            "NVIDIA H200 SXM data sheet; network of a DGX H200, 400 Gb/s per GPU",
+        _A100,
+        _H100,
+        dataclasses.replace(
+            _H100,
+            name="h200",
+            hbm_bytes=141 * 10**9,
+            hbm_bandwidth=4.8 * _TERA,
+            price_per_hour=7.91,
+            kinds=("nvidia h200",),
+            source="NVIDIA H200 SXM data sheet; network of a DGX H200, 400 Gb/s per GPU",
         ),
         Chip(
             name="b200",

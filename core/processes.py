@@ -57,19 +57,19 @@ def join_processes() -> None:
     place = place_of(os.environ)
     seconds = _number(os.environ, TIMEOUT, 1, default="300")
     # Without a method, JAX would ask a launcher which devices are this process's; the three variables say all.
-    arguments = {"cluster_detection_method": "deactivate"}
+    arguments: dict[str, Any] = {"cluster_detection_method": "deactivate"}
     if isinstance(place, Place):
         if place.count == 1:
             return
         meet(place, seconds)
         arguments |= {"coordinator_address": f"{place.host}:{place.port}"}
-        arguments |= {"num_processes": place.count, "process_id": place.index}  # type: ignore[dict-item]
+        arguments |= {"num_processes": place.count, "process_id": place.index}
     elif place == "detected":
         arguments = {}
     else:
         return
     try:
-        jax.distributed.initialize(**arguments, initialization_timeout=seconds)  # type: ignore[arg-type]
+        jax.distributed.initialize(**arguments, initialization_timeout=seconds)
     except Exception as error:  # RuntimeError where JAX is in use, ValueError and XLA's own elsewhere
         raise ConfigError(f"could not join the other processes: {str(error).strip().splitlines()[0]}") from error
 

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from meshloom.core.config import nearest
 from meshloom.core.errors import ConfigError, ShardingError
-from meshloom.core.hardware import CHIPS, chip_named
+from meshloom.core.hardware import CHIPS, Chip, chip_named
 from meshloom.core.processes import joined
 
 # Outermost first: `data` may span slow links, `tensor` must not.
@@ -56,12 +56,31 @@ def parse_devices(text: str) -> Devices:
         raise ConfigError(f"unknown chip {platform!r} in {text!r}; {nearest(platform, ('cpu', *CHIPS))}")
     if min(slices, *shape) < 1:
         raise ConfigError(f"device counts must be at least 1; got {text!r}")
-    node = CHIPS[platform].node_devices if platform in CHIPS else None
-    if node is not None and (shape[-1] > node or len(shape) > 2):
-        wanted = math.prod(shape)
-        example = f"{platform}:{wanted // node}x{node}" if wanted % node == 0 else f"{platform}:2x{node}"
-        raise ConfigError(f"a node has at most {node} x {platform}; write nodes x GPUs, as in {example}; got {text!r}")
-    return Devices(platform, shape, slices)
+    devices = Devices(platform, shape, slices)
+    if platform in CHIPS and (problem := _impossible(CHIPS[platform], devices)):
+        raise ConfigError(f"{problem}; got {text!r}")
+    return devices
+
+
+# What Google Cloud rents of the chips whose slices are flat.
+_FLAT_SLICES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+
+
+def _impossible(chip: Chip, devices: Devices) -> str | None:
+    """Why there are no such slices or nodes, and what there is; or None."""
+    shape, node = devices.shape, chip.node_devices
+    if node is not None:
+        if len(shape) <= 2 and shape[-1] <= node and devices.slices == 1:
+            return None
+        example = f"{max(devices.count // node, 2)}x{node}"
+        return f"a node has at most {node} x {chip.name}; write nodes x GPUs, as in {chip.name}:{example}"
+    if chip.torus == 2 and shape not in _FLAT_SLICES:
+        return f"slices of {chip.name} are {', '.join('x'.join(map(str, each)) for each in _FLAT_SLICES)}"
+    if chip.torus == 3 and (
+        len(shape) != 3 or math.prod(shape) > chip.pod_chips or any(size > 2 and size % 4 for size in shape)
+    ):
+        return f"slices of {chip.name} are AxBxC, each 1, 2 or a multiple of 4, of at most {chip.pod_chips} chips"
+    return None
 
 
 # Seconds from a collective's start to its first byte, per step of a ring: assumed, of the order that vendors' own

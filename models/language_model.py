@@ -9,7 +9,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +115,7 @@ def load(
     dtype: Any = None,
     placement: Placement | None = None,
     scan_layers: bool | None = None,
-    quantize: Literal["auto", "int8"] | None = None,
+    quantize: str | None = None,
 ) -> LanguageModel:
     """Load a model: `smollm2`, a preset, a Hugging Face id or folder, a .gguf file, or the folder of a training run.
 
@@ -128,6 +128,8 @@ def load(
     Raises:
         ModelError, CheckpointError: nothing of that name, not supported, or its files are defective.
     """
+    if quantize not in ("auto", "int8", None):
+        raise ModelError(f'quantize is "int8", "auto" or None; got {quantize!r}')
     found = resolve(source)
     config = found.config if scan_layers is None else dataclasses.replace(found.config, scan_layers=scan_layers)
     if dtype is None:

@@ -21,8 +21,6 @@ def quantize_weights(module: nnx.Module) -> nnx.Module:
     Raises:
         ModelError: what `why_not` says.
     """
-    if not isinstance(module, Decoder):
-        raise ModelError(f"int8 weights are for decoders; got a {type(module).__name__}")
     if reason := why_not(module):
         raise ModelError(f"int8 weights: {reason}; load this model without quantize")
     convert = jax.jit(quantize)

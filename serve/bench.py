@@ -7,6 +7,7 @@ measured.
 import time
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from meshloom.models.language_model import LanguageModel
@@ -37,6 +38,7 @@ def bench_serve(config: BenchServeConfig, lm: LanguageModel) -> dict[str, Any]:
     gaps = np.concatenate([np.diff(stamps) for stamps in times])
     return {
         "model": config.model,
+        "weights": "int8" if lm.quantized else jnp.dtype(lm.module.embed.weight.dtype).name,
         "requests": config.requests,
         "input_len": config.input_len,
         "output_len": config.output_len,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from meshloom.core.errors import ConfigError
 from meshloom.sharding.explain import bytes_text
 from meshloom.sharding.planner import Candidate
 
@@ -74,7 +75,10 @@ def save_chart(candidates: Sequence[Candidate], path: str | pathlib.Path) -> Non
     for axes in (memory, time):
         axes.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
     figure.suptitle("predicted, not compiled")
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:  # ValueError: a suffix of no picture format
+        raise ConfigError(f"cannot write the chart to {path}: {error}") from error
 
 
 def label(candidate: Candidate) -> str:

@@ -31,15 +31,16 @@ def axis_spans(devices: Devices, levels: Sequence[Level], mesh: dict[str, int], 
     """Where `axis` lies when the axes are laid out in the order of `AXES`, the last one over neighbours.
 
     On a torus an axis has the links of the dimensions that it runs along: 16 devices in a row of an 8x8x16 slice have
-    a third of a chip's links.
+    a third of a chip's links. Members of which some lie in two nodes meet over the network: of 6 neighbours on nodes
+    of 8, pairs are sure to share a node, and no more.
     """
     inside = AXES[AXES.index(axis) + 1 :]
     stride = math.prod(mesh.get(inner, 1) for inner in inside)
     size = mesh.get(axis, 1)
     spans, done = [], 1
     for level in levels:
-        reach = min(size, max(1, level.devices // stride))
-        ways = -(-reach // done)
+        reach = 1 if level.devices % stride else math.gcd(size, level.devices // stride)
+        ways = reach // done
         if ways > 1:
             share = _links(devices, stride * done, stride * done * ways) if level.name == "ici" else 1.0
             spans.append(Span(level.name, ways, level.bandwidth * share, level.latency))
@@ -48,13 +49,18 @@ def axis_spans(devices: Devices, levels: Sequence[Level], mesh: dict[str, int], 
 
 
 def _links(devices: Devices, inner: int, outer: int) -> float:
-    """Share of the torus' dimensions that neighbours between strides `inner` and `outer` run along."""
-    used, stride = 0, 1
+    """Share of a chip's links on the dimensions of the torus that neighbours between two strides run along.
+
+    A dimension that does not close to a ring counts half: flat slices close at 16 chips, the others at multiples of 4
+    (Austin et al. 2025, How to Scale Your Model, part 2).
+    """
+    closes = 16 if len(devices.shape) == 2 else 4
+    used, stride = 0.0, devices.count // (devices.slices * math.prod(devices.shape))
     for size in reversed(devices.shape):
         if inner < stride * size and stride < outer:
-            used += 1
+            used += 1.0 if size % closes == 0 else 0.5
         stride *= size
-    return max(used, 1) / len(devices.shape)
+    return max(used, 0.5) / len(devices.shape)
 
 
 def seconds(kind: Kind, result_bytes: float, spans: Sequence[Span]) -> float:

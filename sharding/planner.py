@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from meshloom.core.errors import ShardingError
+from meshloom.core.errors import ConfigError, ShardingError
 from meshloom.core.hardware import Chip, chip_named
-from meshloom.core.topology import AXES, Devices
+from meshloom.core.topology import AXES, Devices, abstract_mesh
 from meshloom.sharding.cost import (
     BATCH_AXES,
     Breakdown,
@@ -132,7 +132,7 @@ def plan_training(
     workload: TrainWorkload,
     *,
     chip: Chip | None = None,
-    mesh: Mapping[str, int] | None = None,
+    mesh: str | dict[str, int] | None = None,
     remats: Sequence[str] = REMAT,
     limit: int = 20,
 ) -> list[Candidate]:
@@ -140,7 +140,9 @@ def plan_training(
 
     Args:
         module_of: remat policy -> abstract module; scan its layers, or tracing takes as long as there are layers.
-        chip: other figures than the table's, e.g. for a CPU. mesh: only this one.
+        chip: other figures than the table's, e.g. for a CPU.
+        mesh: only this one, as `core.topology.make_mesh` takes it.
+        limit: how many to return at most.
     Raises:
         ConfigError: the chip is unknown. ShardingError: no mesh takes the batch; the message says which would.
     """
@@ -149,12 +151,15 @@ def plan_training(
             f'a training plan is for devices of the hardware table, such as "v5p:4x4x4" or "h100:8"; '
             f"got {devices.platform!r}"
         )
+    if limit < 1:
+        raise ConfigError(f"at least 1 plan must be asked for; got {limit}")
     chip = chip or chip_named(devices.platform)
+    given = None if mesh is None else dict(abstract_mesh(mesh, devices.count).shape)
     traced = trace_model(module_of, workload, remats)
-    tried = [dict(mesh)] if mesh is not None else list(meshes(devices.count, experts=traced.has_experts))
+    tried = meshes(devices.count, experts=traced.has_experts) if given is None else [given]
     found = [candidate for sizes in tried for candidate in price_mesh(traced, devices, chip, sizes, workload, remats)]
     if not found:
-        raise ShardingError(_no_mesh(devices, workload, mesh))
+        raise ShardingError(_no_mesh(devices, workload, given))
     found.sort(key=lambda each: (not each.fits, each.step_time_s if each.fits else each.memory.total))
     return found[:limit]
 
@@ -168,10 +173,6 @@ def price_mesh(
     remats: Sequence[str],
 ) -> Iterator[Candidate]:
     """All remat policies and micro-batches on one mesh; none if its axes do not take the batch or split nothing."""
-    if unknown := [axis for axis in mesh if axis not in AXES]:
-        raise ShardingError(f"unknown mesh axis {unknown[0]!r}; axes are any of {', '.join(AXES)}")
-    if math.prod(mesh.values()) != devices.count:
-        raise ShardingError(f"mesh {mesh} needs {math.prod(mesh.values())} devices; there are {devices.count}")
     ways = math.prod(mesh.get(axis, 1) for axis in BATCH_AXES)
     if workload.rows % ways:
         return
@@ -180,17 +181,17 @@ def price_mesh(
     if any(mesh.get(axis, 1) > 1 and axis not in used for axis in ("tensor", "expert")):
         return
     pricer = Pricer(chip, devices, mesh, workload.dtype)
+    none_split = split_of(traced.steps["none"], rules, mesh)
+    forward_split = split_of(traced.forward, rules, mesh)
+    useful = 3 * traced.forward.total_flops / traced.forward.rows * workload.rows
+    peak = chip.flops[workload.dtype] * devices.count
     for remat in remats:
         work = traced.steps[remat]
         split = split_of(work, rules, mesh)
-        none_split = split_of(traced.steps["none"], rules, mesh)
-        forward_split = split_of(traced.forward, rules, mesh)
         for microbatch in _divisors(workload.rows // ways):
             parts = workload.rows // ways // microbatch
             memory = _memory(traced, work, rules, (split, none_split, forward_split), mesh, workload, microbatch, parts)
             breakdown = _step(pricer, work, rules, split, workload, microbatch, parts)
-            useful = 3 * traced.forward.total_flops / traced.forward.rows * workload.rows
-            peak = chip.flops[workload.dtype] * devices.count
             yield Candidate(
                 mesh,
                 remat,

@@ -172,8 +172,8 @@ def _decode(
     rows = batch / workload.input_length
     products = pricer.groups(work, split, rows)
     flops = sum(group.flops for group in products if group.name != "attention")
-    # Scores and sums over the cache: four FLOPs per cached element and query of its group, never more than its bytes.
     step = pricer.group("weights", flops, weights)
+    # Scores against the cache take a few FLOPs per element read, far below what a chip does in that time.
     read = pricer.group("cache", 0.0, cache)
     return pricer.breakdown((step, read), pricer.partial_sums(work, split, rows), 0.0)
 

@@ -259,7 +259,16 @@ def test_a_training_plan_explains_its_cost(capsys):
         ("llama3-8b --devices v5e:4x4 --batch-tokens 100000", "no whole number of rows of 4096 tokens; use 98304"),
         ("llama3-8b --devices cpu:8 --batch-tokens 65536", "for devices of the hardware table"),
         ("llama3-8b --devices v5e:4x4 --mesh fsdp=8 --batch-tokens 65536", "needs 8 devices; there are 16"),
-        ("llama3-8b --devices v5e:4x4 --explain-cost", "say its --batch-tokens"),
+        ("llama3-8b --devices v5e:4x4 --explain-cost", "--explain-cost: of a training plan; say its --batch-tokens"),
+        ("llama3-8b --devices v5e:4x4 --sequence-length 64", "--sequence-length: of a training plan"),
+        ("llama3-8b --devices v5e:4x4 --batch-tokens 65536 --candidates 0", "at least 1 plan must be asked for; got 0"),
+        (
+            "llama3-8b --devices v5e:4x4 --batch-tokens 262144 --sequence-length 262144",
+            "longer than llama3-8b's context",
+        ),
+        ("smollm2-135m --devices v5e:2x2 --batch-tokens 65536 --chart /no/where.png", "cannot write the chart"),
+        ("smollm2-135m --devices v5e:2x2 --batch-tokens 65536 --chart plan.xyz", "cannot write the chart to plan.xyz"),
+        ("llama3-8b --devices v100:8 --batch-tokens 65536", "no bfloat16 peak is known for v100"),
         ("t5-base --devices v5e:4x4 --batch-tokens 65536", "training plans are for decoders"),
     ],
 )

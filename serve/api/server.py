@@ -71,8 +71,6 @@ def serve(
     listener, url = _listen(config)
     with listener, Engine(lm, config.engine, name=name) as engine:
         size = engine.cache
-        if lm.quantized:
-            console.print("weights are held as int8 (--quantize none: as the file's numbers)")
         console.print(f"compiled {len(config.engine.buckets)} step programs in {engine.start_up_seconds:.1f} s")
         console.print(
             f"cache: {size.num_pages} pages of {config.engine.page_size} tokens, "

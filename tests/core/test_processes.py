@@ -41,20 +41,20 @@ def test_incomplete_or_impossible_places_are_refused(environment, message):
         place_of(environment)
 
 
-def test_an_absent_first_process_is_an_error_after_the_wait():
+def free_port() -> int:
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        free.bind(("", 0))
+        return free.getsockname()[1]
+
+
+def test_an_absent_first_process_is_an_error_after_the_wait():
     with pytest.raises(ConfigError, match=r"process 1 could not meet process 0 at 127\.0\.0\.1"):
-        meet(Place("127.0.0.1", port, 2, 1), seconds=0.3)
+        meet(Place("127.0.0.1", free_port(), 2, 1), seconds=0.3)
 
 
 def test_absent_others_are_named_by_the_first_process():
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
     with pytest.raises(ConfigError, match=r"of 3 processes, 1, 2 did not come within 0\.3 s"):
-        meet(Place("127.0.0.1", port, 3, 0), seconds=0.3)
+        meet(Place("127.0.0.1", free_port(), 3, 0), seconds=0.3)
 
 
 def test_a_process_alone_agrees_with_itself():

@@ -109,3 +109,20 @@ def test_devices_with_no_known_network_are_refused():
 
 def test_names_of_chips_may_have_a_hyphen():
     assert parse_devices("a100-40:2x8").count == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "there_is"),
+    [
+        ("v5e:3x5", "slices of v5e are 1x1, 2x2, 2x4"),
+        ("v5e:32x32", "8x16, 16x16"),
+        ("v6e:4x4x4", "slices of v6e are"),
+        ("v5p:4x4", "slices of v5p are AxBxC"),
+        ("v5p:3x4x4", "each 1, 2 or a multiple of 4"),
+        ("v4:16x16x20", "of at most 4096 chips"),
+        ("2xh100:4x8", "write nodes x GPUs, as in h100:8x8"),
+    ],
+)
+def test_slices_and_nodes_that_nobody_builds_are_refused_with_those_there_are(text, there_is):
+    with pytest.raises(ConfigError, match=there_is):
+        parse_devices(text)

@@ -91,6 +91,11 @@ def test_quantized_weights_are_not_saved(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_unknown_form_is_refused():
+    with pytest.raises(ModelError, match='quantize is "int8", "auto" or None; got \'int4\''):
+        models.load("smollm2-135m", quantize="int4")
+
+
 def test_experts_are_refused():
     with pytest.raises(ModelError, match="products with experts have no int8 form"):
         quantize_weights(decoder(moe=MoEConfig(n_experts=4, top_k=2, d_ff=16)))

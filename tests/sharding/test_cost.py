@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from meshloom.core.hardware import chip_named
-from meshloom.core.topology import Level, parse_devices
+from meshloom.core.topology import Level, network, parse_devices
 from meshloom.sharding.collectives import Span, axis_spans, seconds
 from meshloom.sharding.cost import OVERLAP, Pricer, split_of
 from meshloom.sharding.rules import decide
@@ -102,3 +102,31 @@ def test_an_axis_along_one_torus_dimension_has_a_third_of_the_links():
     (fsdp,) = axis_spans(devices, levels, mesh, "fsdp")
     assert tensor.bandwidth == pytest.approx(180e9)
     assert fsdp.bandwidth == pytest.approx(360e9)
+
+
+def test_dimensions_that_do_not_close_to_a_ring_have_half_of_the_links():
+    for text, share in (("v5e:16x16", 1.0), ("v5e:4x4", 0.5), ("v5p:4x4x4", 1.0), ("v5p:2x2x2", 0.5)):
+        devices = parse_devices(text)
+        levels = network(devices)
+        (span,) = axis_spans(devices, levels, {"fsdp": devices.count}, "fsdp")
+        assert span.bandwidth == pytest.approx(share * levels[0].bandwidth)
+
+
+def test_both_devices_of_a_chip_are_inside_of_the_first_dimension():
+    devices = parse_devices("tpu7x:4x4x4")
+    (tensor,) = axis_spans(devices, network(devices), {"fsdp": 16, "tensor": 8}, "tensor")
+    assert tensor.bandwidth == pytest.approx(network(devices)[0].bandwidth / 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "mesh", "ways"),
+    [
+        ("h100:2x8", {"data": 2, "tensor": 8}, [("nvlink", 8)]),
+        ("h100:2x8", {"tensor": 16}, [("nvlink", 8), ("network", 2)]),
+        ("h100:3x8", {"data": 4, "tensor": 6}, [("nvlink", 2), ("network", 3)]),
+        ("h100:4x7", {"data": 7, "tensor": 4}, [("network", 4)]),
+    ],
+)
+def test_members_in_two_nodes_meet_over_the_network(text, mesh, ways):
+    devices = parse_devices(text)
+    assert [(span.level, span.ways) for span in axis_spans(devices, network(devices), mesh, "tensor")] == ways

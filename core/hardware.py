@@ -31,8 +31,8 @@ class Chip:
         price_per_hour: US dollars per device, on demand, or None where nobody lists one; a default to override.
         watts: board or chip power, or None where the vendor does not say.
         kinds: how `jax.Device.device_kind` spells it, lower case; empty for a chip to plan with only.
-        source: of peaks, memory, networks and power; of links of TPUs, and networks of v4 and tpu7x: Austin et al. 2025,
-            How to Scale Your Model, part 2.
+        source: of peaks, memory, networks and power; of TPUs' links, and of v4's and tpu7x's networks: Austin et al.
+            2025, How to Scale Your Model, part 2.
         devices_per_chip: JAX devices on one chip of a topology such as "tpu7x:2x2x1".
     """
 

@@ -102,7 +102,7 @@ class Plan(Model):
     """Show how a model's weights would be spread over devices, or find the fastest way to train it on them.
 
     Neither weights nor devices are needed. With --batch-tokens, meshes, remat policies and micro-batches are searched
-    and priced; what is printed then is predicted, not compiled.
+    and priced, and the best are compiled by the compiler of the devices, for its own figures of memory and collectives.
 
     Attributes:
         devices: "local", "cpu:8", or hardware that is elsewhere: "v5e:4x4", "2xv5e:16x16", "h100:8".
@@ -112,6 +112,7 @@ class Plan(Model):
         batch_tokens: tokens of one training step over all devices; asks for a training plan.
         sequence_length: tokens per row of a training plan; None is 4096, or the model's context if that is shorter.
         candidates: how many training plans to show, best first; None is 5.
+        compile: how many training plans that fit to find by compiling, best first; 0 compiles none, None is 2.
         explain_cost: also print where the best plan's time and memory go.
         chart: PNG to write, with the memory and the step time of every plan shown.
     """
@@ -121,6 +122,7 @@ class Plan(Model):
     batch_tokens: int | None = None
     sequence_length: int | None = None
     candidates: int | None = None
+    compile: int | None = None
     explain_cost: bool = False
     chart: pathlib.Path | None = None
 
@@ -183,7 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = parse(COMMANDS[name], arguments[words:], prog=f"meshloom {name}")
         as_json = command.json
         from meshloom import commands
+        from meshloom.core.ahead import without_tpu
 
+        without_tpu()
         result = getattr(commands, name.replace(" ", "_"))(command)
         if as_json and result is not None:
             print(json.dumps(result))

@@ -20,6 +20,7 @@ from rich.console import Console
 
 import meshloom
 from meshloom import cli, models
+from meshloom.core.ahead import compiler_missing
 from meshloom.core.compile import cache_folder, enable_compilation_cache
 from meshloom.core.errors import ConfigError
 from meshloom.core.topology import abstract_mesh, make_mesh, parse_devices, use_devices
@@ -31,9 +32,9 @@ from meshloom.serve.config import BenchServeConfig, ChatConfig, ServeConfig
 from meshloom.serve.engine import Engine
 from meshloom.serve.request import SamplingParams
 from meshloom.sharding import derive, table
-from meshloom.sharding.charts import candidate_table, cost_table, save_chart
+from meshloom.sharding.charts import candidate_table, check_chart, compiled_table, cost_table, save_chart
 from meshloom.sharding.explain import spec_text
-from meshloom.sharding.planner import plan_training
+from meshloom.sharding.planner import Candidate, plan_training
 from meshloom.sharding.workload import TrainWorkload
 from meshloom.train.config import TrainConfig
 
@@ -126,7 +127,7 @@ def plan(command: cli.Plan) -> dict[str, Any]:
 
 def _layout(command: cli.Plan) -> dict[str, Any]:
     asked = {"--sequence-length": command.sequence_length, "--candidates": command.candidates, "--chart": command.chart}
-    asked["--explain-cost"] = command.explain_cost or None
+    asked |= {"--compile": command.compile, "--explain-cost": command.explain_cost or None}
     if given := [flag for flag, value in asked.items() if value is not None]:
         raise ConfigError(f"{', '.join(given)}: of a training plan; say its --batch-tokens")
     count = parse_devices(command.devices).count or len(jax.devices())
@@ -166,23 +167,44 @@ def _training_plan(command: cli.Plan, batch_tokens: int) -> dict[str, Any]:
     def module_of(remat: Any) -> Any:
         return abstract_module(dataclasses.replace(config, remat=remat), jnp.float32)
 
+    if command.chart is not None:
+        check_chart(command.chart)
+    wanted = 2 if command.compile is None else command.compile
+    if wanted < 0:
+        raise ConfigError(f"--compile is a number of plans, 0 or more; got {wanted}")
     found = plan_training(
         module_of, devices, workload, mesh=command.mesh, limit=5 if command.candidates is None else command.candidates
     )
+    missing = compiler_missing(devices)
+    if wanted and missing is None:
+        from meshloom.planning import compile_best  # the training step is slow to import
+
+        found = compile_best(config, devices, found, workload, wanted, Console(stderr=True))
+    compiled = any(each.compiled or each.refusal for each in found)
     if not command.json:
-        console = Console(width=None if sys.stdout.isatty() else 180)
-        console.print(candidate_table(found, title=f"{command.model} on {command.devices}: predicted, not compiled"))
-        if command.explain_cost:
-            console.print(cost_table(found[0]))
+        _print_plans(command, found, compiled=compiled)
+    if wanted and missing is not None:
+        print(f"predicted, not compiled: {missing}", file=sys.stderr)
     if command.chart is not None:
         save_chart(found, command.chart)
     return {
         "model": command.model,
         "devices": command.devices,
         "workload": dataclasses.asdict(workload),
-        "compiled": False,
+        "compiled": compiled,
+        "not_compiled_because": None if compiled else missing or "--compile 0",
         "candidates": [each.to_json() for each in found],
     }
+
+
+def _print_plans(command: cli.Plan, found: list[Candidate], *, compiled: bool) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    state = "the compiler's memory beside the predicted" if compiled else "predicted, not compiled"
+    console.print(candidate_table(found, title=f"{command.model} on {command.devices}: {state}"))
+    if compiled:
+        console.print(compiled_table(found))
+    if command.explain_cost:
+        console.print(cost_table(found[0]))
 
 
 def convert(command: cli.Convert) -> dict[str, Any]:

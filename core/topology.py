@@ -17,7 +17,7 @@ from meshloom.core.hardware import CHIPS, Chip, chip_named
 from meshloom.core.processes import joined
 
 # Outermost first: `data` may span slow links, `tensor` must not.
-AXES = ("data", "fsdp", "expert", "tensor")
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Candidates for people: the table behind `meshloom plan --explain-cost`, and a picture of memory and time."""
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -16,13 +17,43 @@ def candidate_table(candidates: Sequence[Candidate], *, title: str) -> Table:
     table = Table(title=title)
     for heading in ("mesh", "remat"):
         table.add_column(heading)
-    for heading in ("rows per device", "parts", "step", "MFU", "memory per device", "fits"):
+    for heading in ("rows per device", "parts", "step", "MFU", "memory per device", "compiled", "fits"):
         table.add_column(heading, justify="right")
     for each in candidates:
         axes = ",".join(f"{axis}={size}" for axis, size in each.mesh.items() if size > 1) or "one device"
         memory = f"{_size(each.memory.total)} of {_size(each.hbm_bytes)}"
+        compiled = "" if each.compiled is None else _size(each.compiled.peak_bytes)
         numbers = str(each.microbatch), str(each.parts), _time(each.step_time_s), f"{each.mfu:.1%}", memory
-        table.add_row(axes, each.remat, *numbers, "yes" if each.fits else "no")
+        fits = "yes" if each.fits else each.refusal or "no"
+        table.add_row(axes, each.remat, *numbers, compiled, fits)
+    return table
+
+
+def compiled_table(candidates: Sequence[Candidate]) -> Table:
+    """Collectives per device and step of the compiled candidates: predicted beside those in the compiled program."""
+    table = Table(title="collectives per device and step, bytes of their results")
+    for heading in ("mesh", "kind"):
+        table.add_column(heading)
+    for heading in ("predicted", "compiled", "over", "runs", "compile time"):
+        table.add_column(heading, justify="right")
+    for each in candidates:
+        if each.compiled is None:
+            continue
+        predicted, actual = each.breakdown.bytes_by_kind, each.compiled.bytes_by_kind
+        seconds = _time(each.compiled.compile_seconds)
+        for number, kind in enumerate(sorted(predicted | actual)):
+            runs = [some for some in each.compiled.collectives if some.kind == kind]
+            over = ", ".join(dict.fromkeys("+".join(some.axes) for some in runs))
+            table.add_row(
+                label(each) if number == 0 else "",
+                kind,
+                _size(predicted.get(kind, 0)),
+                _size(actual.get(kind, 0)),
+                over,
+                f"{sum(some.count for some in runs):.0f}",
+                seconds if number == 0 else "",
+            )
+        table.add_section()
     return table
 
 
@@ -48,6 +79,23 @@ def cost_table(candidate: Candidate) -> Table:
     return table
 
 
+def check_chart(path: pathlib.Path) -> None:
+    """Refuses what cannot become a picture, before minutes of work go into it.
+
+    Raises:
+        ConfigError: the folder does not exist or cannot be written to, or the suffix is of no picture format.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    formats = FigureCanvasAgg.filetypes
+    if path.suffix.lstrip(".").lower() not in formats:
+        raise ConfigError(
+            f"cannot write the chart to {path}: end it in .png, or in one of {', '.join(sorted(formats))}"
+        )
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"cannot write the chart to {path}: there is no folder {path.parent} to write to")
+
+
 def save_chart(candidates: Sequence[Candidate], path: str | pathlib.Path) -> None:
     """A PNG with a bar per candidate: its memory stack against the device's, and its step time."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -60,6 +108,10 @@ def save_chart(candidates: Sequence[Candidate], path: str | pathlib.Path) -> Non
     stacks = [dataclasses.asdict(each.memory) for each in candidates]
     parts = [name for name in stacks[0] if any(stack[name] for stack in stacks)]
     _stack(memory, names, {name: [stack[name] / 2**30 for stack in stacks] for name in parts})
+    compiled = [each for each in candidates if each.compiled is not None]
+    if compiled:
+        peaks = [each.compiled.peak_bytes / 2**30 for each in compiled if each.compiled is not None]
+        memory.plot(peaks, [label(each) for each in compiled], "kD", label="compiled")
     memory.axvline(candidates[0].hbm_bytes / 2**30, color="black", linestyle="--", label="device")
     memory.set_xlabel("memory per device (GiB)")
     groups = list(dict.fromkeys(group.name for each in candidates for group in each.breakdown.groups))
@@ -74,10 +126,10 @@ def save_chart(candidates: Sequence[Candidate], path: str | pathlib.Path) -> Non
     memory.invert_yaxis()
     for axes in (memory, time):
         axes.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
-    figure.suptitle("predicted, not compiled")
+    figure.suptitle("predicted; diamonds are the compiler's" if compiled else "predicted, not compiled")
     try:
         figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:  # ValueError: a suffix of no picture format
+    except OSError as error:
         raise ConfigError(f"cannot write the chart to {path}: {error}") from error
 
 

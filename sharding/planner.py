@@ -17,6 +17,7 @@ from flax import nnx
 
 from meshloom.core.errors import ConfigError, ShardingError
 from meshloom.core.hardware import Chip, chip_named
+from meshloom.core.program_report import ProgramReport
 from meshloom.core.topology import AXES, Devices, abstract_mesh
 from meshloom.sharding.cost import (
     BATCH_AXES,
@@ -44,11 +45,12 @@ RESERVE = 0.08
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One way to train, predicted.
+    """One way to train: predicted, and what the compiler for its devices made of it, once that was asked.
 
     Attributes:
         microbatch: rows per device and part; `parts` of them make the batch.
         mfu: useful FLOPs (three times the forward pass) over what all devices could do in the step.
+        compiled: the compiler's figures. refusal: its words, if it says that the program does not fit.
     """
 
     mesh: dict[str, int]
@@ -60,6 +62,8 @@ class Candidate:
     memory: Memory
     hbm_bytes: int
     breakdown: Breakdown
+    compiled: ProgramReport | None = None
+    refusal: str | None = None
 
     @property
     def memory_per_device_bytes(self) -> int:
@@ -67,10 +71,15 @@ class Candidate:
 
     @property
     def fits(self) -> bool:
-        return self.memory.total <= self.hbm_bytes * (1 - RESERVE)
+        """What the compiler says, or before that the prediction with a reserve."""
+        if self.compiled is not None:
+            return self.compiled.peak_bytes <= self.hbm_bytes
+        return self.refusal is None and self.memory.total <= self.hbm_bytes * (1 - RESERVE)
 
     def to_json(self) -> dict[str, Any]:
         """The candidate's entry in `meshloom plan --json`; compiled figures are None until they are known."""
+        predicted = self.breakdown.bytes_by_kind
+        actual = {} if self.compiled is None else self.compiled.bytes_by_kind
         return {
             "mesh": dict(self.mesh),
             "remat": self.remat,
@@ -79,12 +88,17 @@ class Candidate:
             "step_time_s": self.step_time_s,
             "mfu": self.mfu,
             "memory_per_device_bytes": self.memory_per_device_bytes,
-            "compiled_memory_per_device_bytes": None,
+            "compiled_memory_per_device_bytes": None if self.compiled is None else self.compiled.peak_bytes,
+            "compile_seconds": None if self.compiled is None else self.compiled.compile_seconds,
+            "refusal": self.refusal,
             "hbm_bytes": self.hbm_bytes,
             "fits": self.fits,
             "collectives": {
-                kind: {"predicted_bytes": round(amount), "compiled_bytes": None}
-                for kind, amount in self.breakdown.bytes_by_kind.items()
+                kind: {
+                    "predicted_bytes": round(predicted.get(kind, 0)),
+                    "compiled_bytes": None if self.compiled is None else round(actual.get(kind, 0)),
+                }
+                for kind in predicted | actual
             },
         }
 

@@ -1,6 +1,7 @@
 """The command line: what it accepts, what it refuses and how it says so."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -234,9 +235,10 @@ def test_plan_chooses_the_documented_mesh(model, devices, mesh):
 def test_a_training_plan_is_json_best_first_and_a_picture(tmp_path, capsys):
     chart = tmp_path / "plan.png"
     asked = "plan smollm2-135m --devices v5e:2x2 --batch-tokens 65536 --sequence-length 1024 --candidates 3 --json"
-    status, out, _ = run(capsys, *asked.split(), "--chart", str(chart))
+    status, out, _ = run(capsys, *asked.split(), "--compile", "0", "--chart", str(chart))
     plan = json.loads(out)
     assert (status, plan["compiled"], len(plan["candidates"])) == (0, False, 3)
+    assert plan["not_compiled_because"] == "--compile 0"
     assert plan["candidates"] == sorted(plan["candidates"], key=lambda each: each["step_time_s"])
     for each in plan["candidates"]:
         assert math.prod(each["mesh"].values()) == 4
@@ -246,11 +248,35 @@ def test_a_training_plan_is_json_best_first_and_a_picture(tmp_path, capsys):
 
 
 def test_a_training_plan_explains_its_cost(capsys):
-    asked = "plan smollm2-135m --devices v5e:2x2 --batch-tokens 65536 --sequence-length 1024 --explain-cost"
+    asked = "plan smollm2-135m --devices v5e:2x2 --batch-tokens 65536 --sequence-length 1024 --explain-cost --compile 0"
     status, out, _ = run(capsys, *asked.split())
     assert status == 0
     assert "predicted, not compiled" in out
     assert "reduce_scatter of gradients over" in out
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler for TPUs, is not installed"
+)
+def test_the_best_plan_is_compiled_for_devices_that_are_not_here(capsys):
+    asked = "plan tiny --devices v5e:2x2 --batch-tokens 4096 --sequence-length 256 --candidates 2 --compile 1 --json"
+    status, out, _ = run(capsys, *asked.split())
+    plan = json.loads(out)
+    best, other = plan["candidates"]
+    assert (status, plan["compiled"], best["fits"]) == (0, True, True)
+    assert 0 < best["compiled_memory_per_device_bytes"] < best["hbm_bytes"]
+    assert other["compiled_memory_per_device_bytes"] is None
+    compiled = {kind: each["compiled_bytes"] for kind, each in best["collectives"].items()}
+    assert sum(compiled.values()) > 0
+
+
+def test_without_the_compiler_a_plan_is_predicted_and_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    asked = "plan tiny --devices v5e:2x2 --batch-tokens 4096 --sequence-length 256"
+    status, out, err = run(capsys, *asked.split())
+    assert status == 0
+    assert "predicted, not compiled" in out
+    assert "pip install 'meshloom[tpu]'" in err
 
 
 @pytest.mark.parametrize(

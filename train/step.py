@@ -62,7 +62,7 @@ def make_step(
         dtype: of the computation.
         layout: keeps activations split by rows on its mesh; without one the step has no constraints.
     """
-    forward = plain(module) if layout is None else constrained(module, layout)
+    forward = forward_of(module, layout)
 
     def loss_of(params: Any, part: Batch) -> tuple[Float[Array, ""], Int[Array, ""]]:
         computed = jax.tree.map(lambda x: x.astype(dtype), params)
@@ -88,6 +88,11 @@ def make_step(
         return (params, state), metrics
 
     return step
+
+
+def forward_of(module: nnx.Module, layout: Layout | None) -> Callable[..., Any]:
+    """The forward pass of a step, `(params, tokens, packed) -> (logits, None)`, constrained if there is a layout."""
+    return plain(module) if layout is None else constrained(module, layout)
 
 
 def weight_shardings(module: nnx.Module, optimizer: optax.GradientTransformation, layout: Layout) -> Weights:
@@ -120,12 +125,17 @@ def with_optimizer(module: nnx.Module, optimizer: optax.GradientTransformation, 
     return params, jax.jit(optimizer.init, out_shardings=held)(params)
 
 
-def compile_step(step: Callable[..., Any], weights: Weights, batch: Batch, layout: Layout) -> jax.stages.Compiled:
-    """Compiles a step for weights and a batch that may be abstract; what it returns takes over its weights."""
+def lower_step(step: Callable[..., Any], weights: Weights, batch: Batch, layout: Layout) -> jax.stages.Lowered:
+    """A step for weights and a batch that may be abstract, ready to compile; its results take over its weights."""
     shardings = jax.tree.map(lambda x: x.sharding, weights)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated))
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.replicated)
-    return jitted.lower(weights, batch, number).compile()
+    return jitted.lower(weights, batch, number)
+
+
+def compile_step(step: Callable[..., Any], weights: Weights, batch: Batch, layout: Layout) -> jax.stages.Compiled:
+    """Lowers and compiles a step for the devices of the layout."""
+    return lower_step(step, weights, batch, layout).compile()
 
 
 def place_batch(batch: Batch, layout: Layout, *, accumulation: int) -> Batch:
@@ -153,8 +163,8 @@ def share(layout: Layout) -> tuple[int, int]:
     Raises:
         ShardingError: the mesh gives this process slices that are no such share.
     """
-    rows = layout.batch_sharding(layout.batch_ways)
-    places = rows.addressable_devices_indices_map((layout.batch_ways, 1)).values()
+    rows = NamedSharding(layout.mesh, PartitionSpec(layout.batch_spec[0]))
+    places = rows.addressable_devices_indices_map((layout.batch_ways,)).values()
     held = sorted({place[0].indices(layout.batch_ways)[0] for place in places})
     first, count = held[0], len(held)
     if held != list(range(first, first + count)) or first % count or layout.batch_ways % count:
@@ -173,5 +183,5 @@ def abstract_batch(layout: Layout, *, accumulation: int, rows: int, length: int)
 
 
 def parts_sharding(layout: Layout, rows: int) -> NamedSharding:
-    """The sharding of `[A, rows, T + 1]`."""
-    return NamedSharding(layout.mesh, PartitionSpec(None, *layout.batch_sharding(rows).spec))
+    """The sharding of `[A, rows, T + 1]`: only rows are split, for `T + 1` tokens do not divide where `T` do."""
+    return NamedSharding(layout.mesh, PartitionSpec(None, layout.batch_sharding(rows).spec[0]))

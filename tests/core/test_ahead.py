@@ -1,0 +1,89 @@
+"""Programs for hardware that is elsewhere: the real compilers, asked here."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from meshloom.core import ahead
+from meshloom.core.ahead import compiler_missing, compiler_options, target_devices
+from meshloom.core.errors import ConfigError
+from meshloom.core.program_report import OutOfMemoryError, compile_and_report
+from meshloom.core.topology import make_mesh, parse_devices
+
+needs_tpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler for TPUs, is not installed"
+)
+needs_cuda = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="JAX's CUDA plugin (4.7 GB with its libraries) is not installed",
+)
+FOR_TPU = pytest.param("v5e:2x2", marks=needs_tpu)
+FOR_GPU = pytest.param("h100:8", marks=needs_cuda)
+
+
+def compiled_for(text: str, rows: int = 1024, width: int = 256):
+    """A product whose weight is stored over fsdp and gathered, on the devices of `text`."""
+    where = parse_devices(text)
+    mesh = make_mesh({"fsdp": where.count}, target_devices(where))
+    stored = NamedSharding(mesh, PartitionSpec("fsdp"))
+    x = jax.ShapeDtypeStruct((rows, width), jnp.bfloat16, sharding=stored)
+    w = jax.ShapeDtypeStruct((width, width), jnp.bfloat16, sharding=stored)
+    lowered = jax.jit(lambda x, w: jnp.tanh(x @ w), out_shardings=stored).lower(x, w)
+    return compile_and_report(lowered, dict(mesh.shape), compiler_options(where))
+
+
+@pytest.mark.parametrize("text", [FOR_TPU, FOR_GPU, "cpu:8"])
+def test_a_stored_weight_is_gathered_on_every_target(text):
+    _, report = compiled_for(text)
+    # A CPU multiplies bfloat16 as float32, and XLA converts before it gathers.
+    assert report.bytes_by_kind["all_gather"] == 256 * 256 * (4 if text == "cpu:8" else 2)
+    assert report.argument_bytes == (1024 + 256) * 256 * 2 // parse_devices(text).count
+
+
+@needs_tpu
+@pytest.mark.parametrize(
+    "text", ["v4:2x2x2", "v5e:1x1", "v5e:2x4", "2xv5e:4x4", "v5p:2x1x1", "v5p:4x4x4", "v6e:2x2", "tpu7x:2x2x1"]
+)
+def test_the_compiler_knows_every_slice_that_can_be_written(text):
+    where = parse_devices(text)
+    devices = target_devices(where)
+    assert len(devices) == where.count
+    assert devices[0].device_kind.lower() in ahead.CHIPS[where.platform].kinds
+
+
+@needs_tpu
+def test_a_program_that_does_not_fit_is_refused_with_both_sizes():
+    with pytest.raises(OutOfMemoryError, match="on each device, which has 15") as refused:
+        compiled_for("v5e:1x1", rows=2**22, width=4096)
+    assert refused.value.needed_bytes > refused.value.available_bytes > 15 * 2**30
+
+
+@pytest.mark.parametrize(("text", "extra"), [("v5e:2x2", "tpu"), ("h100:8", "cuda")])
+def test_without_a_compiler_the_extra_to_install_is_named(monkeypatch, text, extra):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    where = parse_devices(text)
+    assert f"pip install 'meshloom[{extra}]'" in compiler_missing(where)
+    with pytest.raises(ConfigError, match="needs its compiler"):
+        target_devices(where)
+
+
+def test_chips_that_no_compiler_knows_are_to_plan_with_only():
+    assert "no compiler for mi250x" in compiler_missing(parse_devices("mi250x:8"))
+    assert compiler_missing(parse_devices("cpu:8")) is None
+
+
+def test_kernels_of_a_gpu_that_is_elsewhere_are_not_timed():
+    assert compiler_options(parse_devices("h100:8")) == {"xla_gpu_autotune_level": 0}
+    assert compiler_options(parse_devices("v5e:2x2")) == {}
+
+
+def test_every_gpu_target_is_in_the_hardware_table():
+    for name, gpu in ahead._GPUS.items():
+        chip = ahead.CHIPS[name]
+        assert gpu.name.lower().startswith(chip.kinds[0][:11])
+        np.testing.assert_allclose(gpu.memory, chip.hbm_bytes, rtol=0.08)
+        assert f"core_count: {gpu.cores}" in ahead.target_config(gpu, chip.hbm_bandwidth)

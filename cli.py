@@ -115,6 +115,7 @@ class Plan(Model):
         compile: how many training plans that fit to find by compiling, best first; 0 compiles none, None is 2.
         explain_cost: also print where the best plan's time and memory go.
         chart: PNG to write, with the memory and the step time of every plan shown.
+        out: file for the training plans, which `meshloom train --plan` follows.
     """
 
     devices: str = "local"
@@ -125,6 +126,7 @@ class Plan(Model):
     compile: int | None = None
     explain_cost: bool = False
     chart: pathlib.Path | None = None
+    out: pathlib.Path | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,7 @@ from meshloom.serve.request import SamplingParams
 from meshloom.sharding import derive, table
 from meshloom.sharding.charts import candidate_table, check_chart, compiled_table, cost_table, save_chart
 from meshloom.sharding.explain import spec_text
+from meshloom.sharding.plan_file import write_plan
 from meshloom.sharding.planner import Candidate, plan_training
 from meshloom.sharding.workload import TrainWorkload
 from meshloom.train.config import TrainConfig
@@ -127,7 +128,7 @@ def plan(command: cli.Plan) -> dict[str, Any]:
 
 def _layout(command: cli.Plan) -> dict[str, Any]:
     asked = {"--sequence-length": command.sequence_length, "--candidates": command.candidates, "--chart": command.chart}
-    asked |= {"--compile": command.compile, "--explain-cost": command.explain_cost or None}
+    asked |= {"--compile": command.compile, "--out": command.out, "--explain-cost": command.explain_cost or None}
     if given := [flag for flag, value in asked.items() if value is not None]:
         raise ConfigError(f"{', '.join(given)}: of a training plan; say its --batch-tokens")
     count = parse_devices(command.devices).count or len(jax.devices())
@@ -187,7 +188,7 @@ def _training_plan(command: cli.Plan, batch_tokens: int) -> dict[str, Any]:
         print(f"predicted, not compiled: {missing}", file=sys.stderr)
     if command.chart is not None:
         save_chart(found, command.chart)
-    return {
+    result = {
         "model": command.model,
         "devices": command.devices,
         "workload": dataclasses.asdict(workload),
@@ -195,6 +196,9 @@ def _training_plan(command: cli.Plan, batch_tokens: int) -> dict[str, Any]:
         "not_compiled_because": None if compiled else missing or "--compile 0",
         "candidates": [each.to_json() for each in found],
     }
+    if command.out is not None:
+        write_plan(command.out, result)
+    return result
 
 
 def _print_plans(command: cli.Plan, found: list[Candidate], *, compiled: bool) -> None:

@@ -103,8 +103,14 @@ def compile_and_report(
 
 
 def report(compiled: jax.stages.Compiled, mesh: Mapping[str, int], compile_seconds: float | int = 0.0) -> ProgramReport:
-    """Reads a compiled program; `mesh` as for `compile_and_report`."""
-    memory, module = compiled.memory_analysis(), parse(compiled.as_text())
+    """Reads a compiled program; `mesh` as for `compile_and_report`.
+
+    Raises:
+        MeshloomError: the backend does not say what its program takes.
+    """
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    if memory is None or text is None:
+        raise MeshloomError("this backend's compiler says nothing of memory and collectives")
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return ProgramReport(
         memory.argument_size_in_bytes,
@@ -112,7 +118,7 @@ def report(compiled: jax.stages.Compiled, mesh: Mapping[str, int], compile_secon
         memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
         held + memory.temp_size_in_bytes,
-        collectives(module, mesh),
+        collectives(module := parse(text), mesh),
         float(compile_seconds),
         module,
     )

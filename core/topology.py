@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from meshloom.core.config import nearest
 from meshloom.core.errors import ConfigError, ShardingError
-from meshloom.core.hardware import CHIPS, Chip, chip_named
+from meshloom.core.hardware import CHIPS, Chip, chip_named, chip_of_kind
 from meshloom.core.processes import joined
 
 # Outermost first: `data` may span slow links, `tensor` must not.
@@ -104,19 +104,39 @@ class Level:
     latency: float
 
 
-def network(devices: Devices) -> tuple[Level, ...]:
+def network(devices: Devices, chip: Chip | None = None) -> tuple[Level, ...]:
     """The levels of the network that joins `devices`, innermost first; the last one reaches all of them.
 
+    Args:
+        chip: other figures than the table's; for "cpu:8", whose devices share one memory, it has to be given.
     Raises:
-        ConfigError: devices with no known network ("local", "cpu:8").
+        ConfigError: devices with no known network ("local", and "cpu:8" without `chip`).
     """
-    chip = chip_named(devices.platform)
+    chip = chip or chip_named(devices.platform)
+    if devices.platform == "cpu":
+        return (Level("memory", devices.count, chip.link_bandwidth, _LATENCY["ici"]),)
     inner, outer = ("ici", "dcn") if chip.node_devices is None else ("nvlink", "network")
     nodes = devices.slices * (1 if chip.node_devices is None else math.prod(devices.shape[:-1]))
     levels = [Level(inner, devices.count // nodes, chip.link_bandwidth, _LATENCY[inner])]
     if nodes > 1:
         levels.append(Level(outer, devices.count, chip.network_bandwidth, _LATENCY[outer]))
     return tuple(levels)
+
+
+def describe_devices(devices: list[jax.Device]) -> Devices:
+    """What a device string would say of devices that are attached, or "local" for a chip that is not in the table."""
+    if devices[0].platform == "cpu":
+        return Devices("cpu", (len(devices),))
+    chip = chip_of_kind(devices[0].device_kind)
+    if chip is None:
+        return Devices("local")
+    if chip.node_devices is not None:
+        nodes = -(-len(devices) // chip.node_devices)
+        return Devices(chip.name, (nodes, len(devices) // nodes) if nodes > 1 else (len(devices),))
+    places = np.array([device.coords for device in devices])
+    shape = tuple(int(size) for size in places.max(axis=0) - places.min(axis=0) + 1)[: chip.torus]
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    return Devices(chip.name, shape, slices)
 
 
 def simulate_cpu_devices(count: int) -> None:

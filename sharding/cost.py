@@ -146,7 +146,7 @@ class Pricer:
             raise ConfigError(f"no {dtype} peak is known for {chip.name}; known: {', '.join(chip.flops)}")
         self.chip, self.mesh, self.dtype = chip, mesh, dtype
         self.peak = chip.flops[dtype] * chip.efficiency
-        levels = network(devices)
+        levels = network(devices, chip)
         self._spans = {axis: axis_spans(devices, levels, mesh, axis) for axis, size in mesh.items() if size > 1}
 
     def groups(self, work: Work, split: Split, rows: float | int, parts: float | int = 1) -> tuple[GroupCost, ...]:

@@ -72,7 +72,9 @@ class TrainConfig:
         dtype: type of the computation; weights and optimizer stay float32. auto is bfloat16.
         seed: of the weights and the data order.
         devices: "local" is what this machine has; "cpu:8" simulates 8 devices.
-        mesh: axis sizes, as in "fsdp=4,tensor=2"; "auto" is fsdp over all devices.
+        mesh: axis sizes, as in "fsdp=4,tensor=2"; "auto" is what the planner predicts to be fastest.
+        plan: file of `meshloom plan --out`, which says model, devices, mesh, remat, batch_size, accumulation and
+            sequence_length; none of them may then be set to something else.
         run_dir: folder of the run; where it holds checkpoints, the run goes on from the newest.
         checkpoint_every: steps between checkpoints; the last step always makes one.
         keep: newest checkpoints kept.
@@ -102,6 +104,7 @@ class TrainConfig:
     seed: int = 0
     devices: str = "local"
     mesh: str = "auto"
+    plan: pathlib.Path | None = None
     run_dir: pathlib.Path = pathlib.Path("run")
     checkpoint_every: int = 100
     keep: int = 2

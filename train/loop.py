@@ -33,6 +33,7 @@ from meshloom.models.language_model import LanguageModel
 from meshloom.models.language_model import load as load_model
 from meshloom.train.config import TrainConfig
 from meshloom.train.data import Batches
+from meshloom.train.plan import followed
 from meshloom.train.run_folder import RunFolder
 from meshloom.train.setup import Setup, prepare
 from meshloom.train.state import TrainState
@@ -94,6 +95,7 @@ def train(config: TrainConfig) -> Run:
         CheckpointError: the disk is full, `run_dir` cannot be written, or a checkpoint cannot be read.
         TrainingDivergedError: the loss is not finite; the last checkpoint from before is kept.
     """
+    config = followed(config)
     join_processes()
     first = joined()[0] == 0
     console = Console(stderr=True, soft_wrap=True, quiet=not first)

@@ -36,6 +36,7 @@ from meshloom.train.corpus import Corpus, tokenize
 from meshloom.train.data import Batch, Batches
 from meshloom.train.documents import Documents, find_documents
 from meshloom.train.optimizer import make_optimizer, make_schedule
+from meshloom.train.plan import choose_mesh
 from meshloom.train.run_folder import Identity, RunFolder
 from meshloom.train.state import TrainState, restore_state
 from meshloom.train.step import (
@@ -180,9 +181,9 @@ def prepare(config: TrainConfig, console: Console) -> Setup:
     if stored is not None:
         folder.check_configuration(stored, config)
     devices = use_devices(config.devices)
-    mesh = make_mesh({"fsdp": len(devices)} if config.mesh == "auto" else config.mesh, devices)
     source = None if config.model is None else resolve(config.model)
     model = _architecture(config, source)
+    mesh = make_mesh(choose_mesh(config, model, devices) if config.mesh == "auto" else config.mesh, devices)
     documents = find_documents(config.data)
     tokenizer = Tokenizer.load(folder.tokenizer) if stored else _tokenizer(config, source, documents, model, console)
     if tokenizer.vocab_size > model.vocab_size:

@@ -110,6 +110,8 @@ class Plan(Model):
             a mixture of experts, else tensor=2 if the key/value heads are even; fsdp takes the rest. With
             --batch-tokens, None searches all meshes.
         batch_tokens: tokens of one training step over all devices; asks for a training plan.
+        remat: what the backward pass of a training plan recomputes; None searches all policies.
+        parts: parts that a step's batch is computed in; None searches all.
         sequence_length: tokens per row of a training plan; None is 4096, or the model's context if that is shorter.
         candidates: how many training plans to show, best first; None is 5.
         compile: how many training plans that fit to find by compiling, best first; 0 compiles none, None is 2.
@@ -122,6 +124,8 @@ class Plan(Model):
     mesh: str | None = None
     batch_tokens: int | None = None
     sequence_length: int | None = None
+    remat: Literal["none", "dots", "full"] | None = None
+    parts: int | None = None
     candidates: int | None = None
     compile: int | None = None
     explain_cost: bool = False

@@ -11,7 +11,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,8 @@ import meshloom
 from meshloom import cli, models
 from meshloom.core.ahead import compiler_missing
 from meshloom.core.compile import cache_folder, enable_compilation_cache
-from meshloom.core.errors import ConfigError
-from meshloom.core.topology import abstract_mesh, make_mesh, parse_devices, use_devices
+from meshloom.core.errors import ConfigError, ShardingError
+from meshloom.core.topology import Devices, abstract_mesh, make_mesh, parse_devices, use_devices
 from meshloom.loading import load
 from meshloom.models.config import DecoderConfig
 from meshloom.models.language_model import LanguageModel
@@ -38,6 +38,9 @@ from meshloom.sharding.plan_file import write_plan
 from meshloom.sharding.planner import Candidate, plan_training
 from meshloom.sharding.workload import TrainWorkload
 from meshloom.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from meshloom.doctor import Diagnosis
 
 
 def _part[T](cls: type[T], command: Any) -> T:
@@ -128,7 +131,13 @@ def plan(command: cli.Plan) -> dict[str, Any]:
 
 def _layout(command: cli.Plan) -> dict[str, Any]:
     asked = {"--sequence-length": command.sequence_length, "--candidates": command.candidates, "--chart": command.chart}
-    asked |= {"--compile": command.compile, "--out": command.out, "--explain-cost": command.explain_cost or None}
+    asked |= {
+        "--remat": command.remat,
+        "--parts": command.parts,
+        "--compile": command.compile,
+        "--out": command.out,
+        "--explain-cost": command.explain_cost or None,
+    }
     if given := [flag for flag, value in asked.items() if value is not None]:
         raise ConfigError(f"{', '.join(given)}: of a training plan; say its --batch-tokens")
     count = parse_devices(command.devices).count or len(jax.devices())
@@ -173,17 +182,24 @@ def _training_plan(command: cli.Plan, batch_tokens: int) -> dict[str, Any]:
     wanted = 2 if command.compile is None else command.compile
     if wanted < 0:
         raise ConfigError(f"--compile is a number of plans, 0 or more; got {wanted}")
-    found = plan_training(
-        module_of, devices, workload, mesh=command.mesh, limit=5 if command.candidates is None else command.candidates
-    )
-    missing = compiler_missing(devices)
+    limit = 5 if command.candidates is None else command.candidates
+    if limit < 1:
+        raise ConfigError(f"at least 1 plan must be asked for; got {limit}")
+    priced = plan_training(module_of, devices, workload, limit=2**31)
+    asked_for = _asked_for(command, devices, priced)
+    found = asked_for[:limit]
+    missing, diagnosis = compiler_missing(devices), None
     if wanted and missing is None:
-        from meshloom.planning import compile_best  # the training step is slow to import
+        from meshloom.doctor import diagnose  # these make training steps, which are slow to import
+        from meshloom.planning import compile_best
 
-        found = compile_best(config, devices, found, workload, wanted, Console(stderr=True))
-    compiled = any(each.compiled or each.refusal for each in found)
+        progress = Console(stderr=True)
+        found = compile_best(config, devices, found, workload, wanted, progress)
+        if not any(each.fits for each in found):
+            diagnosis = diagnose(config, devices, found[0], priced, workload, progress)
+    compiled = any(each.compiled_bytes is not None for each in found)
     if not command.json:
-        _print_plans(command, found, compiled=compiled)
+        _print_plans(command, found, diagnosis, compiled=compiled)
     if wanted and missing is not None:
         print(f"predicted, not compiled: {missing}", file=sys.stderr)
     if command.chart is not None:
@@ -196,19 +212,43 @@ def _training_plan(command: cli.Plan, batch_tokens: int) -> dict[str, Any]:
         "not_compiled_because": None if compiled else missing or "--compile 0",
         "candidates": [each.to_json() for each in found],
     }
+    if diagnosis is not None:
+        result["doctor"] = diagnosis.to_json()
     if command.out is not None:
         write_plan(command.out, result)
     return result
 
 
-def _print_plans(command: cli.Plan, found: list[Candidate], *, compiled: bool) -> None:
+def _asked_for(command: cli.Plan, devices: Devices, priced: list[Candidate]) -> list[Candidate]:
+    """Those with the mesh, remat policy and parts that the command names."""
+    mesh = None if command.mesh is None else dict(abstract_mesh(command.mesh, devices.count).shape)
+    found = [
+        each
+        for each in priced
+        if (mesh is None or {a: n for a, n in each.mesh.items() if n > 1} == {a: n for a, n in mesh.items() if n > 1})
+        and command.remat in (None, each.remat)
+        and command.parts in (None, each.parts)
+    ]
+    if not found:
+        meshes = sorted({",".join(f"{a}={n}" for a, n in each.mesh.items() if n > 1) for each in priced})
+        raise ShardingError(
+            f"no plan has mesh={command.mesh}, remat={command.remat}, parts={command.parts}; meshes that split the "
+            f"weights and take the batch are {', '.join(meshes[:12])}{' and others' if len(meshes) > 12 else ''}"
+        )
+    return found
+
+
+def _print_plans(command: cli.Plan, found: list[Candidate], diagnosis: "Diagnosis | None", *, compiled: bool) -> None:
     console = Console(width=None if sys.stdout.isatty() else 180)
     state = "the compiler's memory beside the predicted" if compiled else "predicted, not compiled"
     console.print(candidate_table(found, title=f"{command.model} on {command.devices}: {state}"))
-    if compiled:
+    if any(each.compiled is not None for each in found):
         console.print(compiled_table(found))
     if command.explain_cost:
         console.print(cost_table(found[0]))
+    if diagnosis is not None:
+        for each in diagnosis.tables():
+            console.print(each)
 
 
 def convert(command: cli.Convert) -> dict[str, Any]:

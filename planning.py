@@ -54,13 +54,13 @@ def compile_candidate(
     candidate: Candidate,
     workload: TrainWorkload,
 ) -> Candidate:
-    """The candidate with the compiler's figures, or with its refusal."""
+    """The candidate with the compiler's figures, or with what it would need."""
     lowered = lowered_step(config, devices, candidate, workload)
     try:
         _, report = compile_and_report(lowered, candidate.mesh, compiler_options(where))
     except OutOfMemoryError as error:
-        return dataclasses.replace(candidate, refusal=str(error))
-    return dataclasses.replace(candidate, compiled=report)
+        return dataclasses.replace(candidate, needed_bytes=error.needed_bytes)
+    return dataclasses.replace(candidate, compiled=report, needed_bytes=None)
 
 
 def compile_best(

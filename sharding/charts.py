@@ -22,10 +22,9 @@ def candidate_table(candidates: Sequence[Candidate], *, title: str) -> Table:
     for each in candidates:
         axes = ",".join(f"{axis}={size}" for axis, size in each.mesh.items() if size > 1) or "one device"
         memory = f"{_size(each.memory.total)} of {_size(each.hbm_bytes)}"
-        compiled = "" if each.compiled is None else _size(each.compiled.peak_bytes)
+        compiled = "" if each.compiled_bytes is None else _size(each.compiled_bytes)
         numbers = str(each.microbatch), str(each.parts), _time(each.step_time_s), f"{each.mfu:.1%}", memory
-        fits = "yes" if each.fits else each.refusal or "no"
-        table.add_row(axes, each.remat, *numbers, compiled, fits)
+        table.add_row(axes, each.remat, *numbers, compiled, "yes" if each.fits else "no")
     return table
 
 
@@ -108,10 +107,9 @@ def save_chart(candidates: Sequence[Candidate], path: str | pathlib.Path) -> Non
     stacks = [dataclasses.asdict(each.memory) for each in candidates]
     parts = [name for name in stacks[0] if any(stack[name] for stack in stacks)]
     _stack(memory, names, {name: [stack[name] / 2**30 for stack in stacks] for name in parts})
-    compiled = [each for each in candidates if each.compiled is not None]
+    compiled = {label(each): each.compiled_bytes / 2**30 for each in candidates if each.compiled_bytes is not None}
     if compiled:
-        peaks = [each.compiled.peak_bytes / 2**30 for each in compiled if each.compiled is not None]
-        memory.plot(peaks, [label(each) for each in compiled], "kD", label="compiled")
+        memory.plot(list(compiled.values()), list(compiled), "kD", label="compiled")
     memory.axvline(candidates[0].hbm_bytes / 2**30, color="black", linestyle="--", label="device")
     memory.set_xlabel("memory per device (GiB)")
     groups = list(dict.fromkeys(group.name for each in candidates for group in each.breakdown.groups))

@@ -50,7 +50,7 @@ class Candidate:
     Attributes:
         microbatch: rows per device and part; `parts` of them make the batch.
         mfu: useful FLOPs (three times the forward pass) over what all devices could do in the step.
-        compiled: the compiler's figures. refusal: its words, if it says that the program does not fit.
+        compiled: the compiler's figures. needed_bytes: what it asks for on each device, where it refuses for that.
     """
 
     mesh: dict[str, int]
@@ -63,18 +63,23 @@ class Candidate:
     hbm_bytes: int
     breakdown: Breakdown
     compiled: ProgramReport | None = None
-    refusal: str | None = None
+    needed_bytes: int | None = None
 
     @property
     def memory_per_device_bytes(self) -> int:
         return round(self.memory.total)
 
     @property
+    def compiled_bytes(self) -> int | None:
+        """Memory per device as the compiler says, of a program that it refused as well."""
+        return self.needed_bytes if self.compiled is None else self.compiled.peak_bytes
+
+    @property
     def fits(self) -> bool:
         """What the compiler says, or before that the prediction with a reserve."""
         if self.compiled is not None:
             return self.compiled.peak_bytes <= self.hbm_bytes
-        return self.refusal is None and self.memory.total <= self.hbm_bytes * (1 - RESERVE)
+        return self.needed_bytes is None and self.memory.total <= self.hbm_bytes * (1 - RESERVE)
 
     def to_json(self) -> dict[str, Any]:
         """The candidate's entry in `meshloom plan --json`; compiled figures are None until they are known."""
@@ -88,9 +93,8 @@ class Candidate:
             "step_time_s": self.step_time_s,
             "mfu": self.mfu,
             "memory_per_device_bytes": self.memory_per_device_bytes,
-            "compiled_memory_per_device_bytes": None if self.compiled is None else self.compiled.peak_bytes,
+            "compiled_memory_per_device_bytes": self.compiled_bytes,
             "compile_seconds": None if self.compiled is None else self.compiled.compile_seconds,
-            "refusal": self.refusal,
             "hbm_bytes": self.hbm_bytes,
             "fits": self.fits,
             "collectives": {

@@ -1,0 +1,185 @@
+"""What is wrong with a training plan that does not fit, and the cheapest changes that make it fit, each compiled.
+
+The largest arrays are read from the compiled program itself: the one that is too large where its compiler still gives
+one (GPU), else the same step compiled for chips with more memory. A change counts only if the devices' own compiler
+says that it fits.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from meshloom.core.ahead import compiler_missing, target_devices
+from meshloom.core.buffers import Buffer, largest_buffers
+from meshloom.core.hardware import CHIPS
+from meshloom.core.topology import Devices
+from meshloom.models.config import DecoderConfig
+from meshloom.planning import compile_candidate
+from meshloom.sharding.charts import label
+from meshloom.sharding.explain import bytes_text
+from meshloom.sharding.planner import Candidate
+from meshloom.sharding.workload import TrainWorkload
+
+# TPUs whose programs are compiled for this one to look inside: the most memory, and slices of any small size.
+_ROOMY = "v5p"
+_ATTEMPTS = 2  # compiles per kind of change
+
+
+@dataclasses.dataclass(frozen=True)
+class Remedy:
+    """A change and the plan that it makes, compiled and fitting."""
+
+    change: str
+    candidate: Candidate
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """Why a candidate does not fit.
+
+    Attributes:
+        buffers: the largest temporaries at the peak, empty where no compiler gave the program.
+        compiled_for: the chip of that program, and how many of the rows, where it had to be fewer.
+        remedies: by predicted step time, fastest first; empty where nothing was found to fit.
+    """
+
+    candidate: Candidate
+    buffers: tuple[Buffer, ...]
+    compiled_for: str | None
+    remedies: tuple[Remedy, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry `doctor` of `meshloom plan --json`."""
+        return {
+            "mesh": dict(self.candidate.mesh),
+            "compiled_for": self.compiled_for,
+            "largest_buffers": [dataclasses.asdict(each) for each in self.buffers],
+            "remedies": [{"change": each.change} | each.candidate.to_json() for each in self.remedies],
+        }
+
+    def tables(self) -> Iterator[Table]:
+        """For people: what fills the memory, and what helps."""
+        if self.buffers:
+            table = Table(
+                title=f"largest arrays at the peak of {label(self.candidate)}, compiled for {self.compiled_for}"
+            )
+            for heading, justify in (("size", "right"), ("shape", "left"), ("module", "left"), ("source", "left")):
+                table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+            for each in self.buffers:
+                line = "/".join(pathlib.PurePath(each.source).parts[-3:])
+                table.add_row(bytes_text(each.bytes), each.shape, each.operation, line)
+            yield table
+        table = Table(
+            title="changes that make it fit, each compiled" if self.remedies else "no change was found to fit"
+        )
+        for heading in ("change", "step", "against now", "compiled memory"):
+            table.add_column(heading, justify="left" if heading == "change" else "right")
+        for remedy in self.remedies:
+            after = remedy.candidate
+            assert after.compiled is not None  # only what was compiled is a remedy
+            slower = f"{after.step_time_s / self.candidate.step_time_s - 1:+.0%}"
+            memory = f"{bytes_text(after.compiled.peak_bytes)} of {bytes_text(after.hbm_bytes)}"
+            table.add_row(remedy.change, f"{after.step_time_s:.3g} s", slower, memory)
+        yield table
+
+
+def diagnose(
+    config: DecoderConfig,
+    where: Devices,
+    candidate: Candidate,
+    others: Sequence[Candidate],
+    workload: TrainWorkload,
+    console: Console,
+) -> Diagnosis:
+    """Looks into a candidate that was compiled and does not fit, and tries what would help.
+
+    Args:
+        others: everything that the planner priced for the same workload and devices.
+    """
+    columns = SpinnerColumn(), TextColumn("doctor: {task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=None)
+
+        def tell(what: str) -> None:
+            progress.update(task, description=what)
+
+        tell(f"compiling {label(candidate)} to look inside")
+        buffers, chip = _inside(config, where, candidate, workload)
+        remedies = _remedies(config, where, candidate, others, workload, tell)
+    return Diagnosis(candidate, buffers, chip, tuple(remedies))
+
+
+def _inside(
+    config: DecoderConfig, where: Devices, candidate: Candidate, workload: TrainWorkload
+) -> tuple[tuple[Buffer, ...], str | None]:
+    """The largest arrays, and the chip whose compiler showed them."""
+    if candidate.compiled is not None:
+        return largest_buffers(candidate.compiled.module), where.platform
+    roomy = _roomier(where)
+    if roomy is None:
+        return (), None
+    devices = target_devices(roomy)
+    # Rows fill memory in proportion: where even that chip has too little, fewer of them show the same arrays.
+    for share in (each for each in (1, 2, 4, 8, 16) if candidate.microbatch % each == 0):
+        part = dataclasses.replace(candidate, microbatch=candidate.microbatch // share)
+        fewer = dataclasses.replace(workload, batch_tokens=workload.batch_tokens // share)
+        again = compile_candidate(config, roomy, devices, part, fewer)
+        if again.compiled is not None:
+            rows = f", {part.microbatch} of {candidate.microbatch} row(s) per device" if share > 1 else ""
+            return largest_buffers(again.compiled.module), f"{roomy.platform}{rows}"
+    return (), None
+
+
+def _roomier(where: Devices) -> Devices | None:
+    """As many devices with more memory, of the same kind of compiler."""
+    chip, roomy = CHIPS[where.platform], CHIPS[_ROOMY]
+    if chip.node_devices is not None or chip.hbm_bytes >= roomy.hbm_bytes or chip.devices_per_chip > 1:
+        return None
+    devices = Devices(_ROOMY, (*where.shape, 1)[:3], where.slices)
+    return devices if compiler_missing(devices) is None else None
+
+
+def _remedies(
+    config: DecoderConfig,
+    where: Devices,
+    candidate: Candidate,
+    others: Sequence[Candidate],
+    workload: TrainWorkload,
+    tell: Callable[[str], None],
+) -> list[Remedy]:
+    kinds: dict[str, Callable[[Candidate], bool]] = {
+        "remat": lambda each: (each.mesh, each.parts) == (candidate.mesh, candidate.parts),
+        "parts": lambda each: (each.mesh, each.remat) == (candidate.mesh, candidate.remat),
+        "both": lambda each: each.mesh == candidate.mesh,
+        "mesh": lambda each: True,
+    }
+    devices = target_devices(where)
+    by_time = sorted((each for each in others if each.fits), key=lambda each: each.step_time_s)
+    tried: list[Candidate] = []
+    found: list[Remedy] = []
+    for allowed in kinds.values():
+        for attempt in [each for each in by_time if allowed(each) and each not in tried][:_ATTEMPTS]:
+            tell(f"trying {_change(candidate, attempt)}")
+            tried.append(attempt)
+            after = compile_candidate(config, where, devices, attempt, workload)
+            if after.compiled is not None and after.fits:
+                found.append(Remedy(_change(candidate, attempt), after))
+                break
+    return sorted(found, key=lambda each: each.candidate.step_time_s)
+
+
+def _change(before: Candidate, after: Candidate) -> str:
+    """`remat full, 16 parts`: what differs."""
+    words = []
+    if before.mesh != after.mesh:
+        words.append(",".join(f"{axis}={size}" for axis, size in after.mesh.items() if size > 1))
+    if before.remat != after.remat:
+        words.append(f"remat {after.remat}")
+    if before.parts != after.parts:
+        words.append(f"{after.parts} part(s) of {after.microbatch} row(s) per device")
+    return ", ".join(words)

@@ -99,29 +99,38 @@ class Train(TrainConfig, Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan(Model):
-    """Show how a model's weights would be spread over devices, or find the fastest way to train it on them.
+    """Show how a model's weights would be spread over devices, or find the best way to train or serve it on them.
 
     Neither weights nor devices are needed. With --batch-tokens, meshes, remat policies and micro-batches are searched
     and priced, and the best are compiled by the compiler of the devices, for its own figures of memory and collectives.
+    With --requests it is meshes, batches and number formats for serving; with --cheapest, what to rent for them.
 
     Attributes:
         devices: "local", "cpu:8", or hardware that is elsewhere: "v5e:4x4", "2xv5e:16x16", "h100:8".
-        mesh: axis sizes over data, fsdp, expert, tensor; one may be -1, the rest. None: from 4 devices on expert=2 for
-            a mixture of experts, else tensor=2 if the key/value heads are even; fsdp takes the rest. With
+        mesh: axis sizes over data, fsdp, expert, context, tensor; one may be -1, the rest. None: from 4 devices on
+            expert=2 for a mixture of experts, else tensor=2 if the key/value heads are even; fsdp takes the rest. With
             --batch-tokens, None searches all meshes.
+        explain: name of a parameter; prints why it lies as it does.
         batch_tokens: tokens of one training step over all devices; asks for a training plan.
+        sequence_length: tokens per row of a training plan; None is 4096, or the model's context if that is shorter.
         remat: what the backward pass of a training plan recomputes; None searches all policies.
         parts: parts that a step's batch is computed in; None searches all.
-        sequence_length: tokens per row of a training plan; None is 4096, or the model's context if that is shorter.
-        candidates: how many training plans to show, best first; None is 5.
+        candidates: how many plans to show, best first; None is 5.
         compile: how many training plans that fit to find by compiling, best first; 0 compiles none, None is 2.
-        explain_cost: also print where the best plan's time and memory go.
-        chart: PNG to write, with the memory and the step time of every plan shown.
+        explain_cost: also print where the best training plan's time and memory go.
+        chart: PNG to write, with the memory and the step time of every training plan shown.
         out: file for the training plans, which `meshloom train --plan` follows.
+        requests: tokens in:out, as in "1024:256"; asks for a serving plan. For --cheapest several kinds with requests
+            per second, as in "1024:256:2.5,128:64:20".
+        slo: most seconds to the first token and per further one, as in "ttft=1,tpot=0.05".
+        cheapest: find the accelerators, types and counts, that serve the requests within --slo at least cost.
+        offers: device strings to choose from, as in "v5e:2x2,h100:1"; None is up to a host of all with a list price.
+        prices: US dollars per device and hour over the list prices, as in "v5e=0.8,h100=2.5".
     """
 
     devices: str = "local"
     mesh: str | None = None
+    explain: str | None = None
     batch_tokens: int | None = None
     sequence_length: int | None = None
     remat: Literal["none", "dots", "full"] | None = None
@@ -131,6 +140,11 @@ class Plan(Model):
     explain_cost: bool = False
     chart: pathlib.Path | None = None
     out: pathlib.Path | None = None
+    requests: str | None = None
+    slo: str | None = None
+    cheapest: bool = False
+    offers: str | None = None
+    prices: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,27 +20,18 @@ from rich.console import Console
 
 import meshloom
 from meshloom import cli, models
-from meshloom.core.ahead import compiler_missing
 from meshloom.core.compile import cache_folder, enable_compilation_cache
-from meshloom.core.errors import ConfigError, ShardingError
-from meshloom.core.topology import Devices, abstract_mesh, make_mesh, parse_devices, use_devices
+from meshloom.core.topology import make_mesh, use_devices
 from meshloom.loading import load
-from meshloom.models.config import DecoderConfig
 from meshloom.models.language_model import LanguageModel
-from meshloom.models.source import abstract, abstract_module, resolve
+from meshloom.models.source import default_axes, resolve
 from meshloom.serve.config import BenchServeConfig, ChatConfig, ServeConfig
 from meshloom.serve.engine import Engine
 from meshloom.serve.request import SamplingParams
-from meshloom.sharding import derive, table
-from meshloom.sharding.charts import candidate_table, check_chart, compiled_table, cost_table, save_chart
-from meshloom.sharding.explain import spec_text
-from meshloom.sharding.plan_file import write_plan
-from meshloom.sharding.planner import Candidate, plan_training
-from meshloom.sharding.workload import TrainWorkload
 from meshloom.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from meshloom.doctor import Diagnosis
+    pass
 
 
 def _part[T](cls: type[T], command: Any) -> T:
@@ -65,17 +56,6 @@ def _mesh(command: Any) -> Mesh | None:
         return None
     devices = use_devices(command.devices)
     return make_mesh(command.mesh or default_axes(command.model, len(devices)), devices)
-
-
-def default_axes(model: str, count: int) -> dict[str, int]:
-    """The split that `Plan.mesh` documents."""
-    config, _ = abstract(model)
-    kv_heads = getattr(config, "n_kv_heads", config.n_heads)
-    if count < 4 or count % 2:
-        return {"fsdp": count}
-    if getattr(config, "moe", None) is not None:
-        return {"fsdp": count // 2, "expert": 2}
-    return {"fsdp": count // 2, "tensor": 2} if kv_heads % 2 == 0 else {"fsdp": count}
 
 
 def generate(command: cli.Generate) -> dict[str, Any]:
@@ -126,129 +106,9 @@ def train(command: cli.Train) -> dict[str, Any]:
 
 
 def plan(command: cli.Plan) -> dict[str, Any]:
-    return _layout(command) if command.batch_tokens is None else _training_plan(command, command.batch_tokens)
+    from meshloom.plans import plan
 
-
-def _layout(command: cli.Plan) -> dict[str, Any]:
-    asked = {"--sequence-length": command.sequence_length, "--candidates": command.candidates, "--chart": command.chart}
-    asked |= {
-        "--remat": command.remat,
-        "--parts": command.parts,
-        "--compile": command.compile,
-        "--out": command.out,
-        "--explain-cost": command.explain_cost or None,
-    }
-    if given := [flag for flag, value in asked.items() if value is not None]:
-        raise ConfigError(f"{', '.join(given)}: of a training plan; say its --batch-tokens")
-    count = parse_devices(command.devices).count or len(jax.devices())
-    mesh = abstract_mesh(command.mesh or default_axes(command.model, count), count)
-    # Stacked, equal layers are one row of the table, and tracing does not grow with depth.
-    layout = derive(abstract(command.model, scan_layers=True)[1], mesh)
-    if not command.json:
-        # A pipe has no width: wide enough for the longest names, so that a row stays a line.
-        Console(width=None if sys.stdout.isatty() else 180).print(table(layout))
-    rows = [
-        {
-            "parameter": row.name,
-            "shape": list(row.shape),
-            "dtype": str(row.dtype),
-            "spec": spec_text(row),
-            "rule": row.rule,
-            "roles": list(row.roles),
-            "bytes_per_device": row.bytes_per_device,
-        }
-        for row in layout.rows
-    ]
-    axes = dict(mesh.shape)
-    return {"model": command.model, "mesh": axes, "bytes_per_device": layout.bytes_per_device, "parameters": rows}
-
-
-def _training_plan(command: cli.Plan, batch_tokens: int) -> dict[str, Any]:
-    config = abstract(command.model, scan_layers=True)[0]
-    if not isinstance(config, DecoderConfig):
-        raise ConfigError(f"{command.model} is an encoder-decoder; training plans are for decoders")
-    length = min(4096, config.context) if command.sequence_length is None else command.sequence_length
-    if length > config.context:
-        raise ConfigError(
-            f"sequence_length={length} is longer than {command.model}'s context of {config.context} tokens"
-        )
-    devices, workload = parse_devices(command.devices), TrainWorkload(batch_tokens, length)
-
-    def module_of(remat: Any) -> Any:
-        return abstract_module(dataclasses.replace(config, remat=remat), jnp.float32)
-
-    if command.chart is not None:
-        check_chart(command.chart)
-    wanted = 2 if command.compile is None else command.compile
-    if wanted < 0:
-        raise ConfigError(f"--compile is a number of plans, 0 or more; got {wanted}")
-    limit = 5 if command.candidates is None else command.candidates
-    if limit < 1:
-        raise ConfigError(f"at least 1 plan must be asked for; got {limit}")
-    priced = plan_training(module_of, devices, workload, limit=2**31)
-    asked_for = _asked_for(command, devices, priced)
-    found = asked_for[:limit]
-    missing, diagnosis = compiler_missing(devices), None
-    if wanted and missing is None:
-        from meshloom.doctor import diagnose  # these make training steps, which are slow to import
-        from meshloom.planning import compile_best
-
-        progress = Console(stderr=True)
-        found = compile_best(config, devices, found, workload, wanted, progress)
-        if not any(each.fits for each in found):
-            diagnosis = diagnose(config, devices, found[0], priced, workload, progress)
-    compiled = any(each.compiled_bytes is not None for each in found)
-    if not command.json:
-        _print_plans(command, found, diagnosis, compiled=compiled)
-    if wanted and missing is not None:
-        print(f"predicted, not compiled: {missing}", file=sys.stderr)
-    if command.chart is not None:
-        save_chart(found, command.chart)
-    result = {
-        "model": command.model,
-        "devices": command.devices,
-        "workload": dataclasses.asdict(workload),
-        "compiled": compiled,
-        "not_compiled_because": None if compiled else missing or "--compile 0",
-        "candidates": [each.to_json() for each in found],
-    }
-    if diagnosis is not None:
-        result["doctor"] = diagnosis.to_json()
-    if command.out is not None:
-        write_plan(command.out, result)
-    return result
-
-
-def _asked_for(command: cli.Plan, devices: Devices, priced: list[Candidate]) -> list[Candidate]:
-    """Those with the mesh, remat policy and parts that the command names."""
-    mesh = None if command.mesh is None else dict(abstract_mesh(command.mesh, devices.count).shape)
-    found = [
-        each
-        for each in priced
-        if (mesh is None or {a: n for a, n in each.mesh.items() if n > 1} == {a: n for a, n in mesh.items() if n > 1})
-        and command.remat in (None, each.remat)
-        and command.parts in (None, each.parts)
-    ]
-    if not found:
-        meshes = sorted({",".join(f"{a}={n}" for a, n in each.mesh.items() if n > 1) for each in priced})
-        raise ShardingError(
-            f"no plan has mesh={command.mesh}, remat={command.remat}, parts={command.parts}; meshes that split the "
-            f"weights and take the batch are {', '.join(meshes[:12])}{' and others' if len(meshes) > 12 else ''}"
-        )
-    return found
-
-
-def _print_plans(command: cli.Plan, found: list[Candidate], diagnosis: "Diagnosis | None", *, compiled: bool) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 180)
-    state = "the compiler's memory beside the predicted" if compiled else "predicted, not compiled"
-    console.print(candidate_table(found, title=f"{command.model} on {command.devices}: {state}"))
-    if any(each.compiled is not None for each in found):
-        console.print(compiled_table(found))
-    if command.explain_cost:
-        console.print(cost_table(found[0]))
-    if diagnosis is not None:
-        for each in diagnosis.tables():
-            console.print(each)
+    return plan(command)
 
 
 def convert(command: cli.Convert) -> dict[str, Any]:

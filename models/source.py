@@ -252,3 +252,14 @@ def _download(repository: str, files: list[str] | None = None) -> pathlib.Path:
             f"{repository} is not in the Hugging Face cache and huggingface.co cannot be reached"
             f" ({type(error).__name__}: {reason}); give a local folder or .gguf file, or use smollm2"
         ) from error
+
+
+def default_axes(model: str, count: int) -> dict[str, int]:
+    """The split that `Plan.mesh` documents."""
+    config, _ = abstract(model)
+    kv_heads = getattr(config, "n_kv_heads", config.n_heads)
+    if count < 4 or count % 2:
+        return {"fsdp": count}
+    if getattr(config, "moe", None) is not None:
+        return {"fsdp": count // 2, "expert": 2}
+    return {"fsdp": count // 2, "tensor": 2} if kv_heads % 2 == 0 else {"fsdp": count}

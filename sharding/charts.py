@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from meshloom.core.errors import ConfigError
+from meshloom.sharding.cheapest import Purchase, RequestKind
 from meshloom.sharding.explain import bytes_text
 from meshloom.sharding.planner import Candidate
+from meshloom.sharding.serving import ServeCandidate
 
 
 def candidate_table(candidates: Sequence[Candidate], *, title: str) -> Table:
@@ -75,6 +77,42 @@ def cost_table(candidate: Candidate) -> Table:
             table.add_row(f"memory: {name.replace('_', ' ')}", "", "", _size(amount), "")
     total = f"{_size(candidate.memory.total)} of {_size(candidate.hbm_bytes)}"
     table.add_row("step", "fits" if candidate.fits else "does not fit", "", total, _time(candidate.step_time_s))
+    return table
+
+
+def serving_table(candidates: Sequence[ServeCandidate], *, title: str) -> Table:
+    """One line per way to serve, best first."""
+    table = Table(title=title)
+    table.add_column("mesh")
+    for heading in (
+        "batch",
+        "KV",
+        "weights",
+        "first token",
+        "per token",
+        "output tok/s",
+        "memory per device",
+        "in time",
+    ):
+        table.add_column(heading, justify="right")
+    for each in candidates:
+        axes = ",".join(f"{axis}={size}" for axis, size in each.mesh.items() if size > 1) or "one device"
+        memory = f"{_size(each.memory.total)} of {_size(each.hbm_bytes)}"
+        times = _time(each.ttft_s), _time(each.tpot_s), f"{each.tokens_per_s:,.0f}"
+        usable = "yes" if each.fits and each.meets_targets else "no"
+        table.add_row(axes, str(each.batch), each.kv_dtype, each.weight_dtype, *times, memory, usable)
+    return table
+
+
+def purchase_table(purchase: Purchase, request_mix: Sequence[RequestKind], *, model: str) -> Table:
+    """What to rent, and which share of each kind of requests goes where."""
+    table = Table(title=f"cheapest for {model}: {purchase.cost_per_hour:,.2f} US dollars per hour, predicted")
+    table.add_column("rent")
+    for kind in request_mix:
+        heading = f"{kind.input_length} in, {kind.output_length} out, {kind.per_second:g}/s"
+        table.add_column(heading, justify="right")
+    for name, count in purchase.counts.items():
+        table.add_row(f"{count} x {name}", *(f"{share.get(name, 0):.0%}" for share in purchase.shares))
     return table
 
 

@@ -14,9 +14,11 @@ from flax import nnx
 
 from meshloom import cli, commands
 from meshloom.core.errors import ConfigError
+from meshloom.core.topology import parse_devices
 from meshloom.models.config import DecoderConfig
 from meshloom.models.decoder import Decoder
 from meshloom.models.language_model import LanguageModel
+from meshloom.models.source import default_axes
 from meshloom.models.tokenizer import train_byte_bpe
 
 ONE_PROGRAM = ["--engine.max-num-seqs", "2", "--engine.buckets", "8"]
@@ -228,8 +230,8 @@ def test_convert_goes_to_meshloom_and_back_unchanged(tmp_path, capsys):
     ],
 )
 def test_plan_chooses_the_documented_mesh(model, devices, mesh):
-    count = commands.parse_devices(devices).count
-    assert commands.default_axes(model, count) == mesh
+    count = parse_devices(devices).count
+    assert default_axes(model, count) == mesh
 
 
 def test_a_training_plan_is_json_best_first_and_a_picture(tmp_path, capsys):
@@ -285,7 +287,7 @@ def test_without_the_compiler_a_plan_is_predicted_and_says_what_to_install(capsy
         ("llama3-8b --devices v5e:4x4 --batch-tokens 100000", "no whole number of rows of 4096 tokens; use 98304"),
         ("llama3-8b --devices cpu:8 --batch-tokens 65536", "for devices of the hardware table"),
         ("llama3-8b --devices v5e:4x4 --mesh fsdp=8 --batch-tokens 65536", "needs 8 devices; there are 16"),
-        ("llama3-8b --devices v5e:4x4 --explain-cost", "--explain-cost: of a training plan; say its --batch-tokens"),
+        ("llama3-8b --devices v5e:4x4 --explain-cost", "--explain-cost: of a training plan, and this is a layout; say"),
         ("llama3-8b --devices v5e:4x4 --sequence-length 64", "--sequence-length: of a training plan"),
         ("llama3-8b --devices v5e:4x4 --batch-tokens 65536 --candidates 0", "at least 1 plan must be asked for; got 0"),
         (

@@ -1,4 +1,5 @@
-"""Keeps the residual stream of a module split by rows, whatever the partitioner would make of the weights' splits.
+"""Keeps the residual stream of a module split by rows and tokens, whatever the partitioner would make of the weights'
+splits.
 
 A weight that is stored split over `fsdp` tempts XLA to split activations the same way: it then moves whole activations
 between layers where it should gather weights. Constraints on the residual stream, wherever the program looks it up from
@@ -52,7 +53,7 @@ def constrained(module: nnx.Module, layout: Layout) -> Callable[..., Any]:
     Returns:
         A function of `nnx.state(module)`, in any dtype, and positional inputs: arrays or pytrees, batch first.
     """
-    if layout.batch_ways == 1:
+    if layout.batch_ways == layout.context_ways == 1:
         return plain(module)
     graphdef, _ = nnx.split(module)
 
@@ -69,18 +70,28 @@ def constrained(module: nnx.Module, layout: Layout) -> Callable[..., Any]:
 def _wanted(program: Program, layout: Layout) -> dict[int, _Wanted]:
     """By id, the equations that begin or continue the residual stream of whole rows, the batch outermost."""
     roles = infer(program)
-    rows = NamedSharding(layout.mesh, PartitionSpec(layout.batch_spec[0]))
+    rows, tokens = layout.batch_spec
+    lengths = [value.dims[1] for value in program.inputs if len(value.dims) > 1]
 
-    def splits(value: Value) -> bool:
+    def sharding(value: Value) -> NamedSharding | None:
         outermost = leaves(value.dims[0])[:1]
         is_batch = any(roles.by_leaf.get(leaf) == "batch" for leaf in outermost)
-        return is_batch and value.dims[0].size % layout.batch_ways == 0
+        if not is_batch or value.dims[0].size % layout.batch_ways:
+            return None
+        if tokens is None:
+            return NamedSharding(layout.mesh, PartitionSpec(rows))
+        # Where the tokens are no dimension of their own, as in rows of [B * T], a constraint by rows would gather them.
+        if len(value.dims) < 2 or value.dims[1].size % layout.context_ways:
+            return None
+        is_length = any(find(value.dims[1]) is find(length) for length in lengths)
+        return NamedSharding(layout.mesh, PartitionSpec(rows, tokens)) if is_length else None
 
     lookups = [step for step in program.steps if _begins(step, roles)]
     tables = [_gathered(step.inputs[0], program, layout) for step in lookups]
     joins = [step for step in roles.joins if step.equation is not None]  # a loop's carry has none
     steps = [*zip(lookups, tables, strict=True), *((step, None) for step in joins)]
-    return {id(step.equation): _Wanted(rows, table) for step, table in steps if splits(step.outputs[0])}
+    held = ((step, sharding(step.outputs[0]), table) for step, table in steps)
+    return {id(step.equation): _Wanted(split, table) for step, split, table in held if split is not None}
 
 
 def _begins(step: Step, roles: Roles) -> bool:

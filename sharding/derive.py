@@ -10,6 +10,7 @@ from flax import linen, nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from meshloom.core.errors import ShardingError
+from meshloom.sharding.convolutions import miscompiled
 from meshloom.sharding.layout import Layout, automatic
 from meshloom.sharding.roles import infer
 from meshloom.sharding.rules import decide
@@ -43,4 +44,5 @@ def derive(
         example_inputs = module.example_inputs()
     program = trace(module, example_inputs, keywords)
     rows, kv_heads_axis = decide(program, infer(program), dict(mesh.shape))
-    return Layout(mesh, rows, kv_heads_axis, dict(program.unknown), program.treedef)
+    wrong = miscompiled(program, rows, dict(mesh.shape))
+    return Layout(mesh, rows, kv_heads_axis, dict(program.unknown), program.treedef, wrong)

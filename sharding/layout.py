@@ -35,13 +35,19 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One parameter of a layout. `bytes_per_device` is what one device holds of it."""
+    """One parameter of a layout.
+
+    Attributes:
+        bytes_per_device: what one device holds of it.
+        is_vector: one value for each feature, too small to be worth a gather: never stored in pieces.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: Any
     choices: tuple[Choice, ...]
     bytes_per_device: int
+    is_vector: bool = False
 
     @property
     def spec(self) -> PartitionSpec:
@@ -71,6 +77,7 @@ class Layout:
         kv_heads_spec: the axis over which KV pages are split by kv head, or None.
         unknown: primitives of the program that the derivation has no rule for, and how often they occur.
         treedef: structure of the parameters: `nnx.state(module, nnx.Param)`, or the `params` of Linen's `init`.
+        miscompiled: name of a weight -> what XLA is known to compute wrongly with it on this mesh.
     """
 
     mesh: Mesh | AbstractMesh
@@ -78,6 +85,7 @@ class Layout:
     kv_heads_spec: str | None
     unknown: dict[str, int]
     treedef: Any
+    miscompiled: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def specs(self) -> Any:
@@ -96,29 +104,31 @@ class Layout:
 
     @functools.cached_property
     def batch_spec(self) -> PartitionSpec:
-        """The spec of token batches `[B, T]`: rows over `data` and `fsdp`, as far as the mesh has them."""
+        """The spec of token batches `[B, T]`: rows over `data` and `fsdp`, tokens over `context`, where the mesh has
+        them."""
         axes = tuple(axis for axis in ("data", "fsdp") if self.mesh.shape.get(axis, 1) > 1)
-        return PartitionSpec(axes or None, None)
+        return PartitionSpec(axes or None, "context" if self.context_ways > 1 else None)
 
     @property
     def batch_ways(self) -> int:
         """Over how many devices the rows of a batch are spread."""
         return self.mesh.shape.get("data", 1) * self.mesh.shape.get("fsdp", 1)
 
-    def batch_sharding(self, batch: int) -> NamedSharding:
-        """The sharding of token batches `[batch, T]`.
+    @property
+    def context_ways(self) -> int:
+        """Over how many devices the tokens of a row are spread."""
+        return self.mesh.shape.get("context", 1)
+
+    def batch_sharding(self, batch: int, length: int | None = None) -> NamedSharding:
+        """The sharding of token batches `[batch, length]`; None leaves the length unchecked.
 
         Raises:
-            ShardingError: `batch` rows do not divide over the `data` and `fsdp` axes.
+            ShardingError: `batch` rows do not divide over the `data` and `fsdp` axes, or `length` over `context`.
         """
-        ways = self.batch_ways
-        if batch % ways:
-            lower = batch // ways * ways
-            nearest = f"{lower} or {lower + ways}" if lower else f"{ways}"
-            raise ShardingError(
-                f"a batch of {batch} rows does not divide over data x fsdp = {ways} devices; "
-                f"use {nearest}, or a mesh with fewer"
-            )
+        if batch % self.batch_ways:
+            raise _uneven(f"a batch of {batch} rows", batch, "data x fsdp", self.batch_ways)
+        if length is not None and length % self.context_ways:
+            raise _uneven(f"a row of {length} tokens", length, "context", self.context_ways)
         return NamedSharding(self.mesh, self.batch_spec)
 
     def follow(self, tree: Any) -> Any:
@@ -167,6 +177,14 @@ class Layout:
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
         raise ShardingError(f"no parameter is named {name!r}; nearest are {', '.join(near)}")
 
+    @functools.cached_property
+    def warnings(self) -> tuple[str, ...]:
+        """What XLA would compute wrongly, large weights that every device holds whole, unknown operations: with names,
+        reasons and what would help."""
+        from meshloom.sharding.lint import warnings_of  # reads layouts, so it imports this module
+
+        return warnings_of(self)
+
     def table(self) -> Table:
         """All parameters as `meshloom plan` shows them."""
         from meshloom.sharding.explain import table  # explains layouts, so it imports this module
@@ -193,6 +211,12 @@ def automatic(mesh: Mesh | AbstractMesh) -> Mesh | AbstractMesh:
     if isinstance(mesh, AbstractMesh):
         return AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=types)
     return Mesh(mesh.devices, mesh.axis_names, axis_types=types)
+
+
+def _uneven(what: str, size: int, axes: str, ways: int) -> ShardingError:
+    lower = size // ways * ways
+    nearest = f"{lower} or {lower + ways}" if lower else f"{ways}"
+    return ShardingError(f"{what} does not divide over {axes} = {ways} devices; use {nearest}, or a mesh with fewer")
 
 
 def _keys(path: Any) -> tuple[str, ...]:

@@ -33,9 +33,9 @@ ELEMENTWISE = """
     abs acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil clamp clz
     complex conj convert_element_type copy cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt
     igamma igammac imag integer_pow is_finite le le_to lgamma log log1p log2 logistic lt lt_to max min mul mulhi
-    name ne neg nextafter not one_minus_square or polygamma population_count pow real reduce_precision rem reshard
-    round rsqrt select_n sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh
-    sqrt square stop_gradient tan tanh xor zeros_like zeta layout_constraint
+    name ne neg nextafter not one_minus_square or polygamma polynomial population_count pow real reduce_precision
+    rem reshard round rsqrt select_n sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign
+    reciprocal sin sinh sqrt square stop_gradient tan tanh xor zeros_like zeta layout_constraint
 """.split()  # noqa: SIM905 (one name per line would take a page)
 
 
@@ -79,6 +79,7 @@ def _sum(op: Operation) -> Outcome:
 
 
 @rule("optimization_barrier", "psum", "psum_invariant", "pmax", "pmin", "ppermute", "pbroadcast", "pvary", "preduced")
+@rule("device_put", "random_clone")
 def _each_as_it_was(op: Operation) -> Outcome:
     return [operand.dims for operand in op.operands], None
 
@@ -106,9 +107,32 @@ def _sort(op: Operation) -> Outcome:
     "random_split",
     "random_gamma",
 )
-@rule("rng_bit_generator", "rng_uniform", "empty", "empty2", "axis_index")
+@rule(
+    "rng_bit_generator",
+    "rng_uniform",
+    "empty",
+    "empty2",
+    "axis_index",
+    "platform_index",
+    "debug_print",
+    "debug_callback",
+)
+@rule("program_id", "num_programs")
 def _made_here(op: Operation) -> Outcome:
     return [fresh(shape) for shape in op.shapes], None
+
+
+@rule("SearchSorted")
+def _search(op: Operation) -> Outcome:
+    """A place among sorted values for each that is sought."""
+    return [op.dims(1)], None
+
+
+@rule("fft")
+def _fourier(op: Operation) -> Outcome:
+    """Frequencies are not positions: the transformed dimensions are new ones."""
+    kept = len(op.shapes[0]) - len(op.params["fft_lengths"])
+    return [(*op.dims()[:kept], *fresh(op.shapes[0][kept:]))], None
 
 
 # -- moved, merged, split --
@@ -227,10 +251,11 @@ def _reduce_general(op: Operation) -> Outcome:
     return [_without(op.dims(i), op.params["dimensions"]) for i in range(len(op.shapes))], None
 
 
-@rule("top_k")
+@rule("top_k", "approx_top_k")
 def _top_k(op: Operation) -> Outcome:
     dims = list(op.dims())
-    dims[op.params["axis"]] = Dim(op.params["k"])
+    axis = op.params["axis"] if "axis" in op.params else op.params["reduction_dimension"]
+    dims[axis] = Dim(op.shapes[0][axis])
     return [tuple(dims)] * len(op.shapes), None
 
 

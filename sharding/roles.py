@@ -25,6 +25,7 @@ It knows nothing of meshes.
 
 import collections
 import dataclasses
+import functools
 from typing import Literal
 
 from meshloom.sharding.classes import Dim, constituents, leaves, leaves_of
@@ -43,9 +44,9 @@ class Roles:
 
     Attributes:
         by_leaf: leaf -> role, with "heads" for every head dimension; `of` tells kv heads apart.
-        produced, contracted, picked: leaf -> indices of the parameters that produce it (as a free dimension of a
-            product or the columns of a lookup), contract it, or hold one matrix for each of its elements. Keys are in
-            program order.
+        produced, contracted, picked, looked_up: leaf -> indices of the parameters that produce it (as a free dimension
+            of a product or the columns of a lookup), contract it, hold one matrix for each of its elements, or have it
+            as rows that data looks up. Keys are in program order.
         shared_heads: head leaves that queries and keys have in common.
         joins: the steps at which the residual meets what was computed from it.
     """
@@ -54,6 +55,7 @@ class Roles:
     produced: Uses
     contracted: Uses
     picked: Uses
+    looked_up: Uses
     shared_heads: frozenset[Dim]
     joins: tuple[Step, ...]
     _heads_in: tuple[frozenset[Dim], ...]
@@ -67,6 +69,16 @@ class Roles:
             return "kv_heads"
         return role
 
+    @functools.cached_property
+    def multiplied(self) -> frozenset[int]:
+        """Parameters that take part in a product or a lookup; others are added, multiplied by element, or not used."""
+        return frozenset(
+            parameter
+            for uses in (self.produced, self.contracted, self.picked, self.looked_up)
+            for users in uses.values()
+            for parameter in users
+        )
+
     def factors(self, dim: Dim) -> tuple[Dim, ...]:
         """The leaves of `dim`, outermost first; of its first part where only its parts have roles (a fused weight)."""
         factors = leaves(dim)
@@ -77,7 +89,7 @@ class Roles:
 
 def infer(program: Program) -> Roles:
     """Reads the roles of a traced program."""
-    produced, contracted, picked, tables = _weight_uses(program.steps)
+    produced, contracted, picked, looked_up, tables = _weight_uses(program.steps)
     in_weights = [{leaf for dim in each.dims for leaf in constituents(dim)} for each in program.parameters]
     batch = leaves_of(value.dims[0] for value in program.inputs if value.dims)
     sequence = leaves_of(dim for value in program.inputs for dim in value.dims[1:]) - contracted.keys()
@@ -114,14 +126,25 @@ def infer(program: Program) -> Roles:
     for together in heads_in:
         for leaf in together:
             sets_with[leaf].add(together)
-    return Roles(by_leaf, produced, contracted, picked, frozenset(shared), tuple(joins), heads_in, dict(sets_with))
+    return Roles(
+        by_leaf,
+        produced,
+        contracted,
+        picked,
+        looked_up,
+        frozenset(shared),
+        tuple(joins),
+        heads_in,
+        dict(sets_with),
+    )
 
 
-def _weight_uses(steps: tuple[Step, ...]) -> tuple[Uses, Uses, Uses, list[Lookup]]:
-    """Who produces, contracts and is picked by each leaf, and the tables that the inputs look up."""
+def _weight_uses(steps: tuple[Step, ...]) -> tuple[Uses, Uses, Uses, Uses, list[Lookup]]:
+    """Who produces, contracts, is picked by and is looked up by each leaf, and the tables that the inputs look up."""
     produced: Uses = collections.defaultdict(set)
     contracted: Uses = collections.defaultdict(set)
     picked: Uses = collections.defaultdict(set)
+    looked_up: Uses = collections.defaultdict(set)
     tables: list[Lookup] = []
 
     def note(uses: Uses, dims: Dims, weight: Value) -> None:
@@ -136,11 +159,12 @@ def _weight_uses(steps: tuple[Step, ...]) -> tuple[Uses, Uses, Uses, list[Lookup
                         note(produced, free, weight)
                         note(contracted, over, weight)
                         note(picked, batch, weight)
-            case Lookup(_, columns) as table if step.inputs[0].kind == Kind.WEIGHT:
+            case Lookup(rows, columns) as table if step.inputs[0].kind == Kind.WEIGHT:
+                note(looked_up, rows, step.inputs[0])
                 note(produced, columns, step.inputs[0])
                 if step.inputs[1].kind == Kind.ACTIVATION:
                     tables.append(table)
-    return dict(produced), dict(contracted), dict(picked), tables
+    return dict(produced), dict(contracted), dict(picked), dict(looked_up), tables
 
 
 def _vocabularies(tables: list[Lookup]) -> set[Dim]:
@@ -169,7 +193,8 @@ def _heads(products: list[Product], produced: Uses, in_weights: list[set[Dim]]) 
         shared |= batch
         if head_dim := leaves_of(each.contracted) & produced.keys():
             certain |= batch
-            free = leaves_of((*each.lhs_free, *each.rhs_free)) & produced.keys()
+            # A kernel's scratch memory may tie a block of keys to the head dimension: what is summed over is no head.
+            free = (leaves_of((*each.lhs_free, *each.rhs_free)) & produced.keys()) - head_dim
             grouped |= {leaf for leaf in free if any(leaf in members and head_dim & members for members in in_weights)}
     return certain, shared, grouped
 

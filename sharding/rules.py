@@ -8,10 +8,13 @@ picked by expert are split over `expert`; a router is not, for its choice needs 
 (the rows of a fused `[q | k | v]`) is never split across the cut.
 
 **Store rule.** Of the dimensions left the largest that divides is split over `fsdp` and gathered where it is used.
-Vectors (one dimension besides the stack) stay replicated: a gather costs more time than their bytes are worth. A stack
-of layers is never split.
+Vectors stay replicated: a gather costs more time than their bytes are worth. A vector has one dimension besides the
+stack, or it is spread over several: it is only ever added or multiplied element by element, and one weight produces all
+of its dimensions, as the bias `[N, H]` of a projection to `N` heads. A table of positions `[T, D]` is none, for no
+weight produces its rows. A stack of layers is never split.
 
-`data` never splits a weight. A dimension carries one axis. Axes that are absent or of size 1 split nothing.
+`data` and `context` never split a weight. A dimension carries one axis. Axes that are absent or of size 1 split
+nothing.
 """
 
 import dataclasses
@@ -21,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from meshloom.sharding.classes import Dim, cuts
+from meshloom.sharding.classes import Dim, cuts, leaves
 from meshloom.sharding.layout import Choice, Row, Rule
 from meshloom.sharding.roles import Role, Roles
 from meshloom.sharding.trace import Parameter, Program
@@ -144,9 +147,11 @@ class _Rules:
     def _pair_reason(self, leaf: Dim, willing: set[int]) -> str | None:
         """Why the class is split over `tensor` if the weights in `willing` are; None if that leaves half a pair."""
         role = self.roles.by_leaf[leaf]
-        if role == "vocab":
-            return f"vocab: looked up in or produced by {self._names(willing)}; one reduction over the vocabulary"
         producers = self.roles.produced.get(leaf, set()) & willing
+        if role == "vocab":
+            holders = producers | self.roles.looked_up.get(leaf, set()) & willing
+            names = self._names(holders)  # a bias alone holds half of what it is added to
+            return f"vocab: looked up in or produced by {names}; one reduction over the vocabulary" if names else None
         contractors = self.roles.contracted.get(leaf, set()) & willing
         if not (producers and contractors):
             return None
@@ -165,9 +170,10 @@ class _Rules:
         if ways == 1:
             return
         for index, parameter in enumerate(self.parameters):
-            wide = self._wide(index)
-            left = [d for d in wide if d not in self.splits[index] and parameter.shape[d] % ways == 0]
-            if left and len(wide) > 1:
+            if self._is_vector(index):
+                continue
+            left = [d for d in self._wide(index) if d not in self.splits[index] and parameter.shape[d] % ways == 0]
+            if left:
                 largest = max(left, key=lambda d: parameter.shape[d])
                 self._split(
                     (index, largest), "fsdp", "store", f"the largest dimension left that divides by fsdp={ways}"
@@ -178,6 +184,18 @@ class _Rules:
         parameter = self.parameters[index]
         return [d for d, size in enumerate(parameter.shape) if size > 1 and self._role(index, d) != "stack"]
 
+    def _is_vector(self, index: int) -> bool:
+        """One value for each feature that a weight makes, whatever the number of dimensions these are laid out in."""
+        wide = self._wide(index)
+        if len(wide) < 2 or index in self.roles.multiplied:
+            return len(wide) < 2
+        makers = (
+            self.roles.produced.get(leaf, set()) | self.roles.picked.get(leaf, set())
+            for d in wide
+            for leaf in leaves(self.parameters[index].dims[d])
+        )
+        return bool(set.intersection(*makers))
+
     # -- results --
 
     def row(self, index: int) -> Row:
@@ -185,7 +203,9 @@ class _Rules:
         parameter = self.parameters[index]
         ways = math.prod(self._ways(split.axis) for split in self.splits[index].values())
         choices = tuple(self._choice(index, d) for d in range(len(parameter.shape)))
-        return Row(parameter.name, parameter.shape, parameter.dtype, choices, _bytes(parameter) // ways)
+        return Row(
+            parameter.name, parameter.shape, parameter.dtype, choices, _bytes(parameter) // ways, self._is_vector(index)
+        )
 
     def _choice(self, index: int, dimension: int) -> Choice:
         size, role = self.parameters[index].shape[dimension], self._role(index, dimension)
@@ -205,7 +225,7 @@ class _Rules:
             return "a stack of layers: every device runs every layer"
         if ways == 1:
             return "the mesh has no fsdp axis to store it over"
-        if len(self._wide(index)) < 2:
+        if self._is_vector(index):
             return "a vector: gathering it would cost more time than its bytes are worth"
         if stored is not None:
             return f"fsdp is on dimension {stored}"

@@ -14,19 +14,10 @@ import jax
 from flax import linen, nnx
 
 from meshloom.sharding.classes import Dim, unify
+from meshloom.sharding.kernels import Blocks, window_of
 from meshloom.sharding.module import pure, untraceable
 from meshloom.sharding.operators import Operation, fresh, outcome
-from meshloom.sharding.values import Dims, Fact, Kind, Meeting, Source, Value
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One primitive's inputs and outputs, what it says about roles, if anything, and its equation, where it has one."""
-
-    inputs: tuple[Value, ...]
-    outputs: tuple[Value, ...]
-    fact: Fact | None = None
-    equation: Any = None
+from meshloom.sharding.values import Dims, Kind, Meeting, Source, Step, Value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +129,10 @@ class _Reader:
             "while": self._while,
             "cond": self._cond,
             "shard_map": self._shard_map,
+            "pallas_call": self._kernel,
+            "get": self._read,
+            "swap": self._write,
+            "addupdate": self._write,
         }
 
     def run(self, jaxpr: Any, arguments: Sequence[Value]) -> list[Value]:
@@ -156,6 +151,8 @@ class _Reader:
 
     def _equation(self, equation: Any, inputs: list[Value]) -> list[Value]:
         name, params = equation.primitive.name, equation.params
+        if "_prim" in params:  # all operations that are a class of their own are called `call_hi_primitive`
+            name = type(params["_prim"]).__name__
         if name in self._control:
             return self._control[name](equation, inputs)
         shapes = tuple(getattr(var.aval, "shape", ()) for var in equation.outvars)
@@ -235,6 +232,48 @@ class _Reader:
         inside = [self._resized(value, var.aval.shape) for value, var in zip(inputs, body.invars, strict=True)]
         results = self.run(body, inside)
         return [self._resized(value, var.aval.shape) for value, var in zip(results, equation.outvars, strict=True)]
+
+    def _kernel(self, equation: Any, inputs: list[Value]) -> list[Value]:
+        """The body of a Pallas kernel, read over blocks, and said of whole arrays."""
+        grid, body, blocks = equation.params["grid_mapping"], equation.params["jaxpr"], Blocks()
+        bounds, numbers = grid.num_dynamic_grid_bounds, grid.num_index_operands
+        prefetched, arrays = inputs[bounds : bounds + numbers], inputs[bounds + numbers :]
+        results = [_derived(fresh(var.aval.shape), inputs) for var in equation.outvars]
+        for given, result in equation.params["input_output_aliases"]:
+            _tie(inputs[bounds + given], results[result])
+        shapes = [var.aval.shape for var in body.invars[numbers:]]
+        mappings = grid.block_mappings
+        described = list(zip([*arrays, *results], mappings, shapes[: len(mappings)], strict=True))
+        read = [blocks.block_of(*each, is_result=False) for each in described[: len(arrays)]]
+        written = [blocks.block_of(*each, is_result=True) for each in described[len(arrays) :]]
+        blocks.tie_groups()
+        scratch = [_derived(fresh(shape), inputs) for shape in shapes[len(mappings) :]]
+        first = len(self.steps)
+        self.steps += [Step((array,), (block,)) for array, block in zip(arrays, read, strict=True)]
+        self.run(body, [*prefetched, *read, *written, *scratch])
+        self.steps += [Step((block,), (result,)) for block, result in zip(written, results, strict=True)]
+        self.steps[first:] = blocks.lifted(self.steps[first:])
+        return results
+
+    def _read(self, equation: Any, inputs: list[Value]) -> list[Value]:
+        """What a kernel reads of a reference, or what stood where it writes."""
+        reference, places = inputs[0], inputs[1:] if equation.primitive.name == "get" else inputs[2:]
+        shape = equation.outvars[0].aval.shape
+        dims = window_of(reference.dims, jax.tree.unflatten(equation.params["tree"], places), shape)
+        read = _derived(fresh(shape) if dims is None else dims, [reference])
+        self.steps.append(Step((reference,), (read,)))
+        return [read]
+
+    def _write(self, equation: Any, inputs: list[Value]) -> list[Value]:
+        reference, written, *places = inputs
+        shape = equation.invars[1].aval.shape
+        dims = window_of(reference.dims, jax.tree.unflatten(equation.params["tree"], places), shape)
+        if dims is not None:
+            _tie(Value(dims), written)
+        # Where all is overwritten, nothing remains of what stood there.
+        replaced = equation.primitive.name == "swap" and len(written.dims) == len(reference.dims) and not places
+        self.steps.append(Step((written,) if replaced else (reference, written), (reference,)))
+        return self._read(equation, inputs) if equation.outvars else []
 
     def _resized(self, value: Value, shape: tuple[int, ...]) -> Value:
         dims = tuple(dim if dim.size == size else Dim(size) for dim, size in zip(value.dims, shape, strict=True))

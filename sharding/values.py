@@ -6,6 +6,7 @@ A `Value` has dimensions and a kind and nothing else: no dtype, no contents, no 
 import dataclasses
 import enum
 import math
+from typing import Any
 
 from meshloom.sharding.classes import Dim
 
@@ -67,3 +68,13 @@ class Source:
 
 
 Fact = Product | Lookup | Meeting | Source
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One primitive's inputs and outputs, what it says about roles, if anything, and its equation, where it has one."""
+
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    fact: Fact | None = None
+    equation: Any = None

@@ -150,7 +150,7 @@ class _Counter:
         self.flops: dict[tuple[str, Leaves], float] = collections.defaultdict(float)
         self.activation_bytes: dict[tuple[str, Leaves], float] = collections.defaultdict(float)
         self.weight_bytes: dict[tuple[str, Leaves], float] = collections.defaultdict(float)
-        self._trips = _trips(program)
+        self._trips = trips_of(program)
         self._kernels: set[int] = set()
         self._partial: dict[Value, int] = {}
         self._sums: list[Reduction | None] = []
@@ -242,7 +242,7 @@ _GROUPS: dict[Role, str] = {
 }
 
 
-def _trips(program: Program) -> dict[int, tuple[float, Any]]:
+def trips_of(program: Program) -> dict[int, tuple[float, Any]]:
     """id of an equation -> how often it runs (on average over its visits), and the loop without weights it is in."""
     weighted = {
         id(step.equation)
@@ -258,7 +258,7 @@ def _trips(program: Program) -> dict[int, tuple[float, Any]]:
             total[id(equation)] += trips
             visits[id(equation)] += 1
             kernels[id(equation)] = kernel
-            for body, times in _bodies(equation):
+            for body, times in bodies_of(equation):
                 own = equation if kernel is None and _is_kernel(equation, weighted) else kernel
                 walk(body, trips * times, own)
 
@@ -275,11 +275,11 @@ def _is_kernel(equation: Any, weighted: set[int]) -> bool:
 def _inside(jaxpr: Any) -> Iterable[Any]:
     for equation in jaxpr.eqns:
         yield equation
-        for body, _ in _bodies(equation):
+        for body, _ in bodies_of(equation):
             yield from _inside(body)
 
 
-def _bodies(equation: Any) -> list[tuple[Any, float]]:
+def bodies_of(equation: Any) -> list[tuple[Any, float]]:
     """Programs inside of an equation and how often each runs; a loop whose trips are data counts once."""
     name, params = equation.primitive.name, equation.params
     if name == "cond":

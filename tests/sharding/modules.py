@@ -55,6 +55,16 @@ class MLP(nnx.Module):
         return x + jax.nn.relu(x @ self.up.T + self.up_bias) @ self.down.T + self.down_bias
 
 
+class Residual(nnx.Module):
+    """`x + inner(x)`."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __call__(self, x):
+        return x + self.inner(x)
+
+
 class DeepMLP(nnx.Module):
     """No residual: every inner dimension is produced and contracted."""
 
@@ -287,6 +297,51 @@ class ReusedNames(nnx.Module):
         x = x + self.attn["c_proj"](attend(q, k, v).reshape(*tokens.shape, -1))
         x = x + self.mlp["c_proj"](jax.nn.gelu(self.mlp["c_fc"](x)))
         return x @ self.wte.T
+
+
+class Bert(nnx.Module):
+    """`dense` everywhere: of queries, of what attention returns, and of both halves of the MLP; norms after sums."""
+
+    def __init__(self):
+        self.word, self.position, self.kind = weight(V, D), weight(16, D), weight(2, D)
+        names = {"query": (D, N * H), "key": (D, N * H), "value": (D, N * H), "output": (N * H, D)}
+        self.attention = nnx.Dict({name: nnx.Dict(dense=Projection(*sizes)) for name, sizes in names.items()})
+        self.intermediate, self.output = nnx.Dict(dense=Projection(D, F)), nnx.Dict(dense=Projection(F, D))
+        self.pooler = nnx.Dict(dense=Projection(D, D))
+        self.classifier = Projection(D, 3)
+
+    def __call__(self, tokens, kinds):
+        x = norm(self.word[tokens] + self.position[jnp.arange(tokens.shape[1])] + self.kind[kinds])
+        dense = {name: each["dense"] for name, each in self.attention.items()}
+        q, k, v = (dense[name](x).reshape(*tokens.shape, N, H) for name in ("query", "key", "value"))
+        x = norm(x + dense["output"](attend(q, k, v).reshape(*tokens.shape, -1)))
+        x = norm(x + self.output["dense"](jax.nn.gelu(self.intermediate["dense"](x))))
+        return self.classifier(jnp.tanh(self.pooler["dense"](x[:, 0])))
+
+
+class ScannedGroups(nnx.Module):
+    """Grouped-query attention stacked [L, D, N, H], and experts [L, E, 2F, D] with gate and up in one weight."""
+
+    def __init__(self, kv_heads, layers=4, experts=4):
+        self.q, self.o = weight(layers, D, 8, H), weight(layers, 8, H, D)
+        self.k, self.v = weight(layers, D, kv_heads, H), weight(layers, D, kv_heads, H)
+        self.q_bias, self.k_bias = weight(layers, 8, H), weight(layers, kv_heads, H)
+        self.router = weight(layers, D, experts)
+        self.gate_up, self.down = weight(layers, experts, 2, F, D), weight(layers, experts, D, F)
+
+    def __call__(self, x):
+        def layer(x, weights):
+            q, k, v, o, q_bias, k_bias, router, gate_up, down = weights
+            queries = jnp.einsum("btd,dnh->btnh", norm(x), q) + q_bias
+            keys, values = jnp.einsum("btd,dkh->btkh", norm(x), k) + k_bias, jnp.einsum("btd,dkh->btkh", norm(x), v)
+            x = x + jnp.einsum("btnh,nhd->btd", attend(queries, keys, values), o)
+            scores, chosen = jax.lax.top_k(jax.nn.softmax(norm(x) @ router), 2)
+            mask = (jax.nn.one_hot(chosen, router.shape[1]) * scores[..., None]).sum(-2)
+            gate, up = jnp.einsum("btd,ecfd->cebtf", norm(x), gate_up)
+            return x + jnp.einsum("ebtf,edf,bte->btd", jax.nn.silu(gate) * up, down, mask), None
+
+        names = ("q", "k", "v", "o", "q_bias", "k_bias", "router", "gate_up", "down")
+        return jax.lax.scan(layer, x, tuple(getattr(self, name)[...] for name in names))[0]
 
 
 class RelativeBias(nnx.Module):

@@ -89,20 +89,29 @@ def test_a_step_moves_less_than_half_and_nothing_is_rematerialized(axes, capfd):
     assert after.keys() == {"all-gather", "all-reduce"}  # of weights and of gradients; activations stay where they are
 
 
+EXPERTS = DecoderConfig(**SIZES, tie_embeddings=False, moe=MoEConfig(4, 2, 32), scan_layers=True)
+ROWS, TOKENS = {"fsdp": 4, "tensor": 2}, {"fsdp": 2, "context": 2, "tensor": 2}
+
+
 @pytest.mark.parametrize(
-    "config",
+    ("config", "axes"),
     [
-        SCANNED,
-        DecoderConfig(**SIZES, remat="full"),
-        DecoderConfig(**SIZES | {"vocab_size": 67, "n_kv_heads": 8}, **GPT2, scan_layers=True, remat="dots"),
-        DecoderConfig(**SIZES, tie_embeddings=False, moe=MoEConfig(4, 2, 32), scan_layers=True),
+        (SCANNED, ROWS),
+        (DecoderConfig(**SIZES, remat="full"), ROWS),
+        (
+            DecoderConfig(**SIZES | {"vocab_size": 67, "n_kv_heads": 8}, **GPT2, scan_layers=True, remat="dots"),
+            ROWS,
+        ),
+        (EXPERTS, ROWS),
+        (SCANNED, TOKENS),
+        (EXPERTS, TOKENS),
     ],
-    ids=["scanned", "recomputed", "gpt2", "experts"],
+    ids=["scanned", "recomputed", "gpt2", "experts", "scanned-context", "experts-context"],
 )
-def test_loss_and_gradient_are_those_of_one_device(config):
+def test_loss_and_gradient_are_those_of_one_device(config, axes):
     module = Decoder(config, rngs=nnx.Rngs(0))
     parameters, batch = nnx.state(module, nnx.Param), inputs()
-    layout = derive(module, make_mesh({"fsdp": 4, "tensor": 2}))
+    layout = derive(module, make_mesh(axes))
     placed = layout.place(parameters), *jax.device_put(batch, layout.batch_sharding(BATCH))
     program = compiled(constrained(module, layout), layout, parameters, batch, xla_backend_optimization_level=0)
     loss, gradient = program(*placed)
@@ -126,6 +135,43 @@ def test_nothing_is_held_where_rows_are_not_split(axes):
     module = nnx.eval_shape(lambda: Decoder(SCANNED, rngs=nnx.Rngs(0)))
     layout = derive(module, make_mesh(axes, jax.devices()[: math.prod(axes.values())]))
     assert constraints(constrained(module, layout), nnx.state(module)) == 0
+
+
+def held_as(layout, module, batch=BATCH, length=LENGTH) -> set[str]:
+    """The specs of the constraints on activations, which have three dimensions."""
+    tokens = jnp.zeros((batch, length), jnp.int32)
+    text = str(jax.make_jaxpr(lambda *a: constrained(module, layout)(*a)[0])(nnx.state(module), tokens))
+    found = re.findall(r"\w+:f32\[\d+,\d+,\d+\] = sharding_constraint\[.*?spec=P\((.*?)\)", text, re.DOTALL)
+    return {spec.replace("'", "") for spec in found}
+
+
+def test_tokens_are_held_over_context_where_they_are_a_dimension():
+    module = nnx.eval_shape(lambda: Decoder(SCANNED, rngs=nnx.Rngs(0)))
+    layout = derive(module, make_mesh({"fsdp": 2, "context": 4}))
+    assert held_as(layout, module) == {"fsdp, context"}
+    assert held_as(layout, module, length=18) == set()
+    only_tokens = derive(module, make_mesh({"context": 4, "tensor": 2}))
+    assert held_as(only_tokens, module) == {"None, context"}
+
+
+def test_flattened_tokens_are_not_gathered_over_context():
+    class Flat(nnx.Module):
+        """An MLP on rows of [B * T]."""
+
+        def __init__(self):
+            self.up, self.down = nnx.Param(jnp.zeros((16, 32))), nnx.Param(jnp.zeros((32, 16)))
+
+        def __call__(self, x):
+            rows = x.reshape(-1, 16)
+            return (rows + jax.nn.relu(rows @ self.up) @ self.down).reshape(x.shape)
+
+    x = jnp.zeros((8, 16, 16))
+    for axes, count in [({"fsdp": 8}, 1), ({"fsdp": 4, "context": 2}, 0)]:
+        layout = derive(Flat(), make_mesh(axes), x)
+        assert (
+            str(jax.make_jaxpr(constrained(Flat(), layout))(nnx.state(Flat()), x)).count("= sharding_constraint[")
+            == count
+        )
 
 
 def test_rows_that_do_not_divide_are_left_alone():

@@ -115,6 +115,24 @@ def test_a_batch_that_does_not_divide_is_refused_with_what_would():
         layout.batch_sharding(3)
 
 
+def test_sequences_lie_over_context():
+    layout = derive(block(), abstract(fsdp=2, context=4), EXAMPLE)
+    assert layout.batch_spec == PartitionSpec("fsdp", "context")
+    assert derive(block(), abstract(context=4), EXAMPLE).batch_spec == PartitionSpec(None, "context")
+    assert layout.batch_sharding(4, 16) == layout.batch_sharding(4)
+    with pytest.raises(ShardingError, match=r"18 tokens does not divide over context = 4 devices; use 16 or 20"):
+        layout.batch_sharding(4, 18)
+    with pytest.raises(ShardingError, match=r"3 tokens .* use 4,"):
+        layout.batch_sharding(4, 3)
+
+
+def test_context_splits_no_weight():
+    with_context = derive(block(), abstract(fsdp=2, context=4), EXAMPLE)
+    assert [row.spec for row in with_context.rows] == [
+        row.spec for row in derive(block(), abstract(fsdp=2), EXAMPLE).rows
+    ]
+
+
 def test_an_unknown_axis_is_refused_with_the_known_ones():
     with pytest.raises(ShardingError, match=r"'model' is unknown; axes are any of data, fsdp, expert, "):
         derive(block(), abstract(data=2, model=4), EXAMPLE)
@@ -208,6 +226,61 @@ def test_a_primitive_without_a_rule_ties_nothing_and_is_reported():
     layout = derive(Odd(), abstract(fsdp=2), jax.ShapeDtypeStruct((8, 8), jnp.float32))
     assert layout.unknown
     assert layout.row("unused").spec == PartitionSpec("fsdp", None)
+
+
+def lone(*shape: int, stack: int = 0):
+    """A module with one weight of this shape, contracted with the input; scanned if it is a stack."""
+
+    class Lone(nnx.Module):
+        def __init__(self):
+            self.weight = nnx.Param(jnp.zeros((stack, *shape) if stack else shape))
+
+        def __call__(self, x):
+            if not stack:
+                return x @ self.weight
+            return jax.lax.scan(lambda x, w: (x @ w, None), x, self.weight[...])[0]
+
+    return derive_lone(Lone, shape[0])
+
+
+def derive_lone(make, width):
+    return lambda **axes: derive(nnx.eval_shape(make), abstract(**axes), jax.ShapeDtypeStruct((4, width), jnp.float32))
+
+
+def test_a_large_weight_that_stays_whole_is_a_warning_with_its_reason_and_a_remedy():
+    (warning,) = lone(509, 521)(fsdp=4).warnings
+    assert warning.startswith("weight, float32[509, 521], 1.01 MiB, lies whole on every device. ")
+    assert "dimension 0 (509, feature): 509 does not divide by fsdp=4; " in warning
+    assert "dimension 1 (521, vocab): 521 does not divide by fsdp=4. " in warning
+    assert warning.endswith("What would help: dimension 1 padded from 521 to 524")
+    (warning,) = lone(510, 521)(fsdp=4).warnings
+    assert warning.endswith("padded from 521 to 524, or fsdp=2")
+    (warning,) = lone(510, 521)(tensor=2).warnings
+    assert "521 vocabulary rows do not divide over tensor=2" in warning
+    assert warning.endswith("What would help: an fsdp axis, over which dimension 0 divides")
+    (warning,) = lone(511, 511, stack=4)(fsdp=2).warnings
+    assert "stack" not in warning
+    assert warning.endswith("What would help: dimension 1 padded from 511 to 512")
+
+
+def test_what_is_split_or_small_or_a_vector_is_no_warning():
+    assert not lone(512, 521)(fsdp=4).warnings
+    assert not lone(509, 511)(fsdp=4).warnings  # 4 KiB below the limit
+    assert not lone(509, 521)(data=4).warnings
+
+    class Scaled(nnx.Module):
+        def __init__(self):
+            self.scale = nnx.Param(jnp.zeros(2**19 + 1))
+
+        def __call__(self, x):
+            return x * self.scale
+
+    assert not derive_lone(Scaled, 2**19 + 1)(fsdp=2).warnings
+
+
+def test_an_unknown_operation_is_a_warning():
+    layout = derive(Odd(), abstract(fsdp=2), jax.ShapeDtypeStruct((8, 8), jnp.float32))
+    assert [warning.split(" and is not known")[0] for warning in layout.warnings] == ["the operation qr occurs once"]
 
 
 def test_a_module_without_parameters_has_an_empty_layout():

@@ -65,6 +65,7 @@ def test_attention_and_mlp_are_split_by_heads_and_inner_features():
     attention = specs["MultiHeadDotProductAttention_0"]
     for name in ("query", "key", "value"):
         assert attention[name]["kernel"] == PartitionSpec("fsdp", "tensor", None)
+        assert attention[name]["bias"] == PartitionSpec("tensor", None)
     assert attention["out"]["kernel"] == PartitionSpec("tensor", None, "fsdp")
     assert specs["Dense_0"] == {"kernel": PartitionSpec("fsdp", "tensor"), "bias": PartitionSpec("tensor")}
     assert specs["Dense_1"] == {"kernel": PartitionSpec("tensor", "fsdp"), "bias": PartitionSpec(None)}

@@ -11,23 +11,29 @@ from tests.sharding.modules import (
     MLP,
     TOKENS,
     Adapter,
+    Bert,
     Convolutions,
+    D,
     DeepMLP,
     DenseGeneral,
     Embeddings,
     Experts,
+    F,
     FusedGateUp,
     FusedQKV,
     GroupedQuery,
     LatentAttention,
     MultiQuery,
+    N,
     ParallelBranches,
     RelativeBias,
     Renamed,
     RepeatedKV,
+    Residual,
     ReusedNames,
     Rotary,
     ScannedBlocks,
+    ScannedGroups,
     ScannedSquare,
     SharedLayers,
     ThroughControlFlow,
@@ -35,6 +41,7 @@ from tests.sharding.modules import (
     layout_of,
     roles_of,
     specs_of,
+    weight,
 )
 
 
@@ -263,6 +270,105 @@ def test_reused_names_mislead_nobody():
         "mlp.c_proj.weight": ("tensor", "fsdp"),
         "mlp.c_proj.bias": (None,),
     }
+
+
+def test_bert_calls_everything_dense():
+    assert specs_of(Bert, TOKENS, TOKENS, fsdp=2, tensor=4) == {
+        "word": ("tensor", "fsdp"),
+        "position": (None, "fsdp"),
+        "kind": (None, "fsdp"),
+        **{f"attention.{name}.dense.weight": ("fsdp", "tensor") for name in ("query", "key", "value")},
+        **{f"attention.{name}.dense.bias": ("tensor",) for name in ("query", "key", "value")},
+        "attention.output.dense.weight": ("tensor", "fsdp"),
+        "attention.output.dense.bias": (None,),
+        "intermediate.dense.weight": ("fsdp", "tensor"),
+        "intermediate.dense.bias": ("tensor",),
+        "output.dense.weight": ("tensor", "fsdp"),
+        "output.dense.bias": (None,),
+        "pooler.dense.weight": ("fsdp", "tensor"),
+        "pooler.dense.bias": ("tensor",),
+        "classifier.weight": ("tensor", None),
+        "classifier.bias": (None,),
+    }
+
+
+@pytest.mark.parametrize(("kv_heads", "kv"), [(8, "tensor"), (4, "tensor"), (2, None), (1, None)])
+def test_stacked_groups_of_heads_and_experts(kv_heads, kv):
+    layout = layout_of(lambda: ScannedGroups(kv_heads), HIDDEN, fsdp=2, tensor=4, expert=2)
+    assert {row.name: tuple(row.spec) for row in layout.rows} == {
+        "q": (None, "fsdp", "tensor", None),
+        "k": (None, "fsdp", kv, None),
+        "v": (None, "fsdp", kv, None),
+        "o": (None, "tensor", None, "fsdp"),
+        "q_bias": (None, "tensor", None),
+        "k_bias": (None, kv, None),
+        "router": (None, "fsdp", None),
+        "gate_up": (None, "expert", None, "tensor", "fsdp"),
+        "down": (None, "expert", "fsdp", "tensor"),
+    }
+    assert layout.kv_heads_spec == kv
+
+
+def multi_head_attention():
+    return nnx.MultiHeadAttention(N, D, decode=False, rngs=nnx.Rngs(0))
+
+
+def test_a_bias_of_heads_is_a_vector_in_two_dimensions():
+    specs = specs_of(lambda: Residual(multi_head_attention()), HIDDEN, fsdp=2, tensor=2)
+    for name in ("query", "key", "value"):
+        assert specs[f"inner.{name}.kernel"] == ("fsdp", "tensor", None)
+        assert specs[f"inner.{name}.bias"] == ("tensor", None)
+    assert specs["inner.out.kernel"] == ("tensor", None, "fsdp")
+    assert specs["inner.out.bias"] == (None,)
+    stored = specs_of(lambda: Residual(multi_head_attention()), HIDDEN, fsdp=4)
+    assert stored["inner.query.bias"] == (None, None)
+
+
+def test_what_a_module_returns_is_split_only_with_the_weight_that_makes_it():
+    alone = specs_of(multi_head_attention, HIDDEN, fsdp=2, tensor=2)
+    assert alone["out.kernel"] == ("tensor", None, "fsdp")
+    assert alone["out.bias"] == (None,)
+    head = specs_of(lambda: nnx.Linear(D, V, rngs=nnx.Rngs(0)), HIDDEN, tensor=2)
+    assert head == {"kernel": (None, "tensor"), "bias": ("tensor",)}
+
+
+def test_a_table_that_is_added_is_stored_though_no_product_reads_it():
+    class Positions(nnx.Module):
+        def __init__(self):
+            self.table, self.scale, self.mlp = weight(6, D), weight(D), MLP()
+
+        def __call__(self, x):
+            return self.mlp(x * self.scale + self.table[...])
+
+    specs = specs_of(Positions, HIDDEN, fsdp=2)
+    assert specs["table"] == (None, "fsdp")
+    assert specs["scale"] == (None,)
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        lambda x: x * jax.random.normal(jax.random.clone(jax.random.key(0)), x.shape),
+        lambda x: x * jax.scipy.special.expi(jnp.sinc(x)),
+        lambda x: jnp.fft.fft(x).real,
+        lambda x: x * jax.lax.approx_max_k(x, 2)[0][..., :1],
+        lambda x: jnp.cumsum(jnp.sort(x, axis=1), axis=1) * jnp.argsort(x, axis=1),
+        lambda x: x * jax.nn.one_hot(jnp.argmax(x, -1), x.shape[-1]),
+        lambda x: jax.lax.platform_dependent(x, cpu=lambda x: x, default=lambda x: -x),
+    ],
+    ids=["clone", "polynomial", "fourier", "top", "sorted", "one_hot", "platform"],
+)
+def test_operations_between_two_weights_hide_nothing(inner):
+    class Between(nnx.Module):
+        def __init__(self):
+            self.up, self.down = weight(F, D), weight(D, F)
+
+        def __call__(self, x):
+            return x + inner(x @ self.up.T) @ self.down.T
+
+    layout = layout_of(Between, HIDDEN, fsdp=2)
+    assert not layout.unknown
+    assert layout.row("up").roles[1] == layout.row("down").roles[0] == "residual"
 
 
 def test_a_shared_relative_bias_is_split_by_head():

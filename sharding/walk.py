@@ -1,0 +1,295 @@
+"""The walk through a traced program that places every array and records every conversion.
+
+Each operator takes the signature (`signatures.py`) that its operands come to with the fewest bytes on one device; where
+they agree on one, that is free. Loops are read once and count as often as they run; what a loop carries is split if
+its body makes it so, for which the walk may need a second pass.
+
+A partial sum stays one through casts, transposes, reshapes and the sum of two such, as long as nobody else wants it,
+and is reduced where it is used otherwise. What was gathered or reduced once is not again, except for the next trip of
+a loop. Weights that `fsdp` stores are gathered where they meet activations, and no weight is moved otherwise: it is
+taken as the larger of the two.
+"""
+
+import collections
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from meshloom.sharding.algebra import BROADCAST, PARTIAL, Split, State, conversion, cost
+from meshloom.sharding.classes import find
+from meshloom.sharding.layout import Layout
+from meshloom.sharding.provenance import Conversion, Origin, Provenance
+from meshloom.sharding.reshaping import reshaped
+from meshloom.sharding.signatures import Signature, signatures
+from meshloom.sharding.submesh import axis_of, factored
+from meshloom.sharding.trace import Program, Step
+from meshloom.sharding.values import Kind, Meeting, Source, Value
+from meshloom.sharding.work import trips_of
+
+# More bytes than any array has: weights stay where they are.
+_NEVER = 1e30
+
+
+class Walk:
+    """One pass over the steps, on the factored mesh.
+
+    Args:
+        carries: the splits of loops' carries that an earlier pass found; `settle` adds to them.
+    Attributes:
+        made: every value as it was made; in `placements` sums that were reduced since are whole.
+    """
+
+    def __init__(self, program: Program, layout: Layout, carries: dict[Value, dict[str, State]]):
+        self.program = program
+        self.layout = layout
+        self.carries = carries
+        self.mesh = factored(layout.mesh.shape)
+        self.made: dict[Value, dict[str, State]] = {}
+        self.placements: dict[Value, dict[str, State]] = {}
+        self.conversions: list[Conversion] = []
+        self._provenance = Provenance(program, layout)
+        self._proposed: dict[Value, dict[str, State]] = {}
+        self._item_bytes: dict[Value, int] = {}
+        self._sums: dict[Value, Origin] = {}
+        self._gathered: set[tuple[Value, str]] = set()
+        self._made_in: dict[Value, float] = {}  # how often what makes a value runs
+        self._handed_on: set[Value] = set()  # into a loop or out of it: made anew in every trip
+        self._trips = trips_of(program)
+        self._uses = collections.Counter(value for step in program.steps for value in step.inputs)
+        self._uses.update(program.outputs)
+
+    def run(self) -> None:
+        """Fills `made`, `placements` and `conversions`."""
+        for value in self.program.inputs:
+            self.placements[value] = self._as_batch(value)
+        for index, step in enumerate(self.program.steps):
+            self._read(step)
+            if isinstance(step.fact, Source):
+                self._enter(index, step)
+            elif isinstance(step.fact, Meeting) and step.equation is None:
+                self._close(index, step)
+            elif step.equation is not None and step.equation.primitive.name == "reshape":
+                self._reshape(index, step)
+            else:
+                self._operate(index, step)
+            for value in (*step.inputs, *step.outputs):
+                self.made.setdefault(value, dict(self.placements[value]))
+        end = Step(self.program.outputs, ())
+        for value in self.program.outputs:
+            self._reduce(len(self.program.steps), end, value)
+
+    def settle(self) -> bool:
+        """Whether a loop turned out to split what it carries, so that another pass is needed."""
+        for value, states in self._proposed.items():
+            self.carries[value] = self.carries.get(value, {}) | states
+        return bool(self._proposed)
+
+    # -- what enters --
+
+    def _as_batch(self, value: Value) -> dict[str, State]:
+        """Rows over `data` and `fsdp`, tokens over `context`, where these are the value's first two dimensions."""
+        first = self.program.inputs[0].dims
+        placement: dict[str, State] = {}
+        for dimension, (own, same) in enumerate(zip(value.dims[:2], first[:2], strict=False)):
+            wanted = self.layout.batch_spec[dimension]
+            axes = (wanted,) if isinstance(wanted, str) else wanted or ()
+            factors = [factor for factor in self.mesh if axis_of(factor) in axes]
+            if find(own) is find(same) and own.size % math.prod(self.mesh[factor] for factor in factors) == 0:
+                placement |= dict.fromkeys(factors, Split(dimension))
+        return placement
+
+    def _read(self, step: Step) -> None:
+        """Places parameters and constants at their first use; notes sizes of elements, trips and makers."""
+        variables: Any = step.equation.invars if step.equation is not None else ()
+        for value, var in zip(step.inputs, variables, strict=False):
+            self._item_bytes[value] = _item_bytes(var)
+        for value in step.inputs:
+            if value not in self.placements:
+                self.placements[value] = self._stored(value)
+        inherited = max((self._item_bytes.get(value, 0) for value in step.inputs), default=0)
+        variables = step.equation.outvars if step.equation is not None else ()
+        trips = self._trips_of(step)
+        for index, value in enumerate(step.outputs):
+            self._item_bytes[value] = _item_bytes(variables[index]) if index < len(variables) else inherited
+            self._made_in[value] = trips
+        if step.equation is None:
+            self._handed_on.update(step.outputs)
+        self._provenance.note(step)
+
+    def _stored(self, value: Value) -> dict[str, State]:
+        """The layout's spec of a parameter; constants are whole."""
+        if value.kind != Kind.WEIGHT or len(value.parameters) != 1:
+            return {}
+        (index,) = value.parameters
+        if value.dims != self.program.parameters[index].dims:
+            return {}
+        self._item_bytes[value] = self.program.parameters[index].dtype.itemsize
+        spec = self.layout.rows[index].spec
+        return {factor: Split(spec.index(axis_of(factor))) for factor in self.mesh if axis_of(factor) in spec}
+
+    # -- steps --
+
+    def _enter(self, index: int, step: Step) -> None:
+        """The carry of a loop begins as what it is initialized with, split as the loop splits it."""
+        for old, new in zip(step.inputs, step.outputs, strict=False):
+            self._reduce(index, step, old)
+            self.placements[new] = self.placements[old] | self.carries.get(new, {})
+
+    def _close(self, index: int, step: Step) -> None:
+        """What a loop hands on has to lie as what it began with."""
+        before, after = step.inputs
+        carried, result = self.placements[before], self.placements[after]
+        gained: dict[str, State] = {
+            axis: state
+            for axis, state in result.items()
+            if isinstance(state, Split) and carried.get(axis, BROADCAST) == BROADCAST
+        }
+        if gained:
+            self._proposed[before] = gained
+        self._convert(index, step, after, carried)
+        self.placements[step.outputs[0]] = dict(carried)
+
+    def _reshape(self, index: int, step: Step) -> None:
+        value, result = step.inputs[0], step.outputs[0]
+        if self._uses[value] > 1:
+            self._reduce(index, step, value)
+        before, after = (tuple(dim.size for dim in each.dims) for each in (value, result))
+        needed, placement = reshaped(self.placements[value], before, after, self.mesh)
+        self._convert(index, step, value, needed)
+        self.placements[result] = dict(placement)
+        self._hand_on(step, [])
+
+    def _operate(self, index: int, step: Step) -> None:
+        inputs = [self.placements[value] for value in step.inputs]
+        for value in step.outputs:
+            if value not in step.inputs:  # what a kernel writes into lies as it did
+                self.placements[value] = {}
+        if not any(inputs):
+            return
+        wanted: list[dict[str, State]] = [{} for _ in step.inputs]
+        taken: list[Signature] = []
+        known = signatures(step)
+        choices = [self._cheapest(step, known, axes) for axes in self._alike(step)]
+        # What costs nothing is settled first: the others then know how large the rest is.
+        for price, axes, chosen in sorted(choices, key=lambda choice: choice[0]):
+            chosen = self._cheapest(step, known, axes)[2] if price else chosen
+            taken.append(chosen)
+            for axis in axes:
+                for placement, state in zip(wanted, chosen.operands, strict=True):
+                    placement[axis] = state
+                for value, state in zip(step.outputs, chosen.results, strict=True):
+                    if state != BROADCAST:
+                        self.placements[value][axis] = state
+        for value, placement in zip(step.inputs, wanted, strict=True):
+            self._convert(index, step, value, placement)
+        self._hand_on(step, taken)
+        if any(signature.eager for signature in taken):
+            for value in step.outputs:
+                self._reduce(index, step, value)
+
+    def _alike(self, step: Step) -> list[tuple[str, ...]]:
+        """Factors of each axis, together where all operands are placed alike over them; axes that split none are left
+        out."""
+        groups: dict[tuple[str, tuple[State, ...]], list[str]] = {}
+        for factor in self.mesh:
+            states = tuple(self.placements[value].get(factor, BROADCAST) for value in step.inputs)
+            if any(state != BROADCAST for state in states):
+                groups.setdefault((axis_of(factor), states), []).append(factor)
+        return [tuple(factors) for factors in groups.values()]
+
+    def _cheapest(
+        self, step: Step, known: list[Signature], axes: tuple[str, ...]
+    ) -> tuple[float, tuple[str, ...], Signature]:
+        """Price, axes and signature with the fewest bytes over `axes`; partial results count their reduction."""
+        with_activation = any(value.kind == Kind.ACTIVATION for value in step.inputs)
+        gathers = with_activation and axis_of(axes[0]) == "fsdp"
+        states = [
+            BROADCAST if gathers and value.kind == Kind.WEIGHT else self.placements[value].get(axes[0], BROADCAST)
+            for value in step.inputs
+        ]
+
+        def price(signature: Signature) -> tuple[float, int]:
+            total = 0.0
+            for value, old, new in zip(step.inputs, states, signature.operands, strict=True):
+                moved = self._moved(value, axes, old, new)
+                total += _NEVER if moved and value.kind == Kind.WEIGHT and with_activation else moved
+            if PARTIAL in signature.results and PARTIAL not in signature.operands:
+                total += sum(self._moved(value, axes, PARTIAL, BROADCAST) for value in step.outputs)
+            return total, sum(old != new for old, new in zip(states, signature.operands, strict=True))
+
+        whole = Signature((BROADCAST,) * len(step.inputs), (BROADCAST,) * len(step.outputs))
+        best = min([*self._open_to(step, known, states), whole], key=price)
+        return price(best)[0], axes, best
+
+    def _open_to(self, step: Step, known: list[Signature], states: list[State]) -> list[Signature]:
+        """Signatures that keep something split, or partial if all operands are and nobody else wants them."""
+        forwards = all(state == PARTIAL for state in states) and all(self._uses[value] == 1 for value in step.inputs)
+        return [
+            each
+            for each in known
+            if (
+                forwards
+                if PARTIAL in each.operands
+                else any(old == new != BROADCAST for old, new in zip(states, each.operands, strict=True))
+            )
+        ]
+
+    def _moved(self, value: Value, axes: tuple[str, ...], old: State, new: State) -> float:
+        if old == new:
+            return 0.0
+        others = {axis: state for axis, state in self.placements[value].items() if axis not in axes}
+        before, after = (others | dict.fromkeys(axes, state) for state in (old, new))
+        return cost(before, after, self._bytes(value), self.mesh)
+
+    def _hand_on(self, step: Step, taken: list[Signature]) -> None:
+        """Where the partial sums of the results come from."""
+        made = any(PARTIAL in each.results and PARTIAL not in each.operands for each in taken)
+        for value in step.outputs:
+            axes = {axis_of(factor) for factor, state in self.placements[value].items() if state == PARTIAL}
+            if axes:
+                known = next((self._sums[each] for each in step.inputs if each in self._sums), None)
+                self._sums[value] = self._provenance.of_sum(step, axes) if made or known is None else known
+
+    # -- conversions --
+
+    def _reduce(self, index: int, step: Step, value: Value) -> None:
+        """Sums up what is partial."""
+        placement = self.placements.setdefault(value, {})
+        if PARTIAL in placement.values():
+            whole = {axis: BROADCAST if state == PARTIAL else state for axis, state in placement.items()}
+            self._convert(index, step, value, whole)
+
+    def _convert(self, index: int, step: Step, value: Value, after: Mapping[str, State]) -> None:
+        """Records what it takes to have `value` placed as `after`; what is gathered or summed stays so."""
+        placement = self.placements[value]
+        before = {axis: BROADCAST if (value, axis) in self._gathered else state for axis, state in placement.items()}
+        for each in conversion(before, after, self._bytes(value), self.mesh):
+            axes = tuple(dict.fromkeys(map(axis_of, each.axes)))
+            old, new = before[each.axes[0]], after.get(each.axes[0], BROADCAST)
+            summed = old == PARTIAL
+            origin = self._sums[value] if summed else self._provenance.of_operand(step, value, axes, old, new)
+            # Where a value is made, not in a loop that it enters unchanged: XLA moves such work out of loops.
+            made_here = summed or step.equation is None or value not in self._handed_on
+            trips = self._made_in.get(value, 1.0) if made_here else self._trips_of(step)
+            self.conversions.append(Conversion(index, value, axes, old, new, each.kind, each.bytes, trips, origin))
+        for axis, old in before.items():
+            new = after.get(axis, BROADCAST)
+            if isinstance(old, Split) and new == BROADCAST:
+                self._gathered.add((value, axis))
+            elif old == PARTIAL and new != PARTIAL:
+                placement[axis] = new
+
+    # -- reading --
+
+    def _bytes(self, value: Value) -> float:
+        return float(math.prod(dim.size for dim in value.dims) * self._item_bytes.get(value, 0))
+
+    def _trips_of(self, step: Step) -> float:
+        if step.equation is not None:
+            return self._trips.get(id(step.equation), (1.0, None))[0]
+        return max((self._made_in.get(value, 1.0) for value in step.inputs), default=1.0)
+
+
+def _item_bytes(var: Any) -> int:
+    """Bytes of an element; random keys and references count as those that JAX says they have."""
+    return getattr(getattr(var.aval, "dtype", None), "itemsize", 0)

@@ -110,7 +110,9 @@ class Plan(Model):
         mesh: axis sizes over data, fsdp, expert, context, tensor; one may be -1, the rest. None: from 4 devices on
             expert=2 for a mixture of experts, else tensor=2 if the key/value heads are even; fsdp takes the rest. With
             --batch-tokens, None searches all meshes.
-        explain: name of a parameter; prints why it lies as it does.
+        explain: name of a parameter, a line as in decoder.py:88, or named scopes as in layers/attention; prints why it
+            lies as it does, what that moves between devices, and what the runner-up would.
+        strict: refuse a layout under which the forward pass moves arrays that no rule intends to move.
         batch_tokens: tokens of one training step over all devices; asks for a training plan.
         sequence_length: tokens per row of a training plan; None is 4096, or the model's context if that is shorter.
         remat: what the backward pass of a training plan recomputes; None searches all policies.
@@ -131,6 +133,7 @@ class Plan(Model):
     devices: str = "local"
     mesh: str | None = None
     explain: str | None = None
+    strict: bool = False
     batch_tokens: int | None = None
     sequence_length: int | None = None
     remat: Literal["none", "dots", "full"] | None = None
@@ -145,6 +148,24 @@ class Plan(Model):
     cheapest: bool = False
     offers: str | None = None
     prices: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verify(Model):
+    """Check that a training step on a mesh is the one of a single device: loss, gradients and the optimizer's update.
+
+    Weights are random and computed in float32; a large model is verified small, with what the mesh splits kept. The
+    first layer where the two part is named, and the exit status is 1 then.
+
+    Attributes:
+        devices: "local" is what this machine has; "cpu:8" simulates 8 devices.
+        mesh: axis sizes, as in "fsdp=4,tensor=2"; None tries those that suit the model.
+        seed: of the weights and the tokens.
+    """
+
+    devices: str = "cpu:8"
+    mesh: str | None = None
+    seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,6 +202,7 @@ COMMANDS: dict[str, type[Common]] = {
     "serve": Serve,
     "train": Train,
     "plan": Plan,
+    "verify": Verify,
     "convert": Convert,
     "bench serve": BenchServe,
     "info": Info,
@@ -190,7 +212,7 @@ COMMANDS: dict[str, type[Common]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (default: this process's) and return the exit status.
 
-    0 is success, 2 a mistake of the user's with one line on standard error, 130 an interrupt.
+    0 is success, 1 a check that failed, 2 a mistake of the user's with one line on standard error, 130 an interrupt.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in arguments
@@ -212,6 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if as_json and result is not None:
             print(json.dumps(result))
         sys.stdout.flush()
+        if result is not None and result.get("ok") is False:  # a check that ran, and failed
+            return 1
         # Training that is told to stop keeps what it has, and returns.
         return INTERRUPTED if result is not None and result.get("interrupted") else 0
     except MeshloomError as error:

@@ -21,10 +21,11 @@ from rich.console import Console
 import meshloom
 from meshloom import cli, models
 from meshloom.core.compile import cache_folder, enable_compilation_cache
+from meshloom.core.processes import join_processes, joined
 from meshloom.core.topology import make_mesh, use_devices
 from meshloom.loading import load
 from meshloom.models.language_model import LanguageModel
-from meshloom.models.source import default_axes, resolve
+from meshloom.models.source import abstract, default_axes, resolve
 from meshloom.serve.config import BenchServeConfig, ChatConfig, ServeConfig
 from meshloom.serve.engine import Engine
 from meshloom.serve.request import SamplingParams
@@ -109,6 +110,16 @@ def plan(command: cli.Plan) -> dict[str, Any]:
     from meshloom.plans import plan
 
     return plan(command)
+
+
+def verify(command: cli.Verify) -> dict[str, Any]:
+    from meshloom.verification import verify_model
+
+    join_processes()
+    devices = use_devices(command.devices)
+    console = Console(width=None if sys.stdout.isatty() else 180, quiet=command.json or joined()[0] > 0)
+    config, _ = abstract(command.model)
+    return verify_model(config, devices, mesh=command.mesh, seed=command.seed, console=console).to_json()
 
 
 def convert(command: cli.Convert) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Each kind takes flags of its own; a flag of another kind is refused.
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from meshloom.core.hardware import CHIPS
 from meshloom.core.topology import Devices, abstract_mesh, parse_devices
 from meshloom.models.config import DecoderConfig
 from meshloom.models.source import abstract, abstract_module, default_axes
-from meshloom.sharding import derive, explain, table
+from meshloom.sharding import Layout, derive, explain, table
 from meshloom.sharding.charts import (
     candidate_table,
     check_chart,
@@ -31,9 +32,12 @@ from meshloom.sharding.charts import (
 )
 from meshloom.sharding.cheapest import RequestKind, Slo, cheapest
 from meshloom.sharding.explain import spec_text
+from meshloom.sharding.explain_flow import explain_flow
+from meshloom.sharding.flow import Flow, flow, strict
 from meshloom.sharding.plan_file import write_plan
 from meshloom.sharding.planner import Candidate, plan_training
 from meshloom.sharding.serving import plan_serving
+from meshloom.sharding.trace import trace
 from meshloom.sharding.workload import ServeWorkload, TrainWorkload
 
 if TYPE_CHECKING:
@@ -42,7 +46,7 @@ if TYPE_CHECKING:
 _ALWAYS = ("model", "config", "json")
 # Kind of plan -> the flags that it takes.
 _FLAGS: Mapping[str, tuple[str, ...]] = {
-    "layout": ("devices", "mesh", "explain"),
+    "layout": ("devices", "mesh", "explain", "strict"),
     "training plan": (
         *("devices", "mesh", "batch_tokens", "sequence_length", "remat", "parts"),
         *("candidates", "compile", "explain_cost", "chart", "out"),
@@ -100,16 +104,20 @@ def _layout(command: cli.Plan) -> dict[str, Any]:
     count = parse_devices(command.devices).count or len(jax.devices())
     mesh = abstract_mesh(command.mesh or default_axes(command.model, count), count)
     # Stacked, equal layers are one row of the table, and tracing does not grow with depth.
-    layout = derive(abstract(command.model, scan_layers=True)[1], mesh)
+    config, module = abstract(command.model, scan_layers=True)
+    inputs: tuple[Any, ...] = module.example_inputs()  # type: ignore[attr-defined]
+    if isinstance(config, DecoderConfig):  # a row of usual length per device, so that bytes are those of training
+        rows = max(math.prod(mesh.shape.get(axis, 1) for axis in ("data", "fsdp")), 2)
+        inputs = (jax.ShapeDtypeStruct((rows, min(4096, config.context)), jnp.int32),)
+    layout = derive(module, mesh, *inputs)
+    if command.strict:
+        strict(trace(module, inputs), layout)
     if command.explain is not None:
-        text = explain(layout, command.explain)
-        if not command.json:
-            print(text)
-        return {"model": command.model, "mesh": dict(mesh.shape), "parameter": command.explain, "explanation": text}
+        return _explanation(command, layout, flow(trace(module, inputs), layout), inputs)
     if not command.json:
         # A pipe has no width: wide enough for the longest names, so that a row stays a line.
         Console(width=None if sys.stdout.isatty() else 180).print(table(layout))
-    rows = [
+    parameters = [
         {
             "parameter": row.name,
             "shape": list(row.shape),
@@ -121,8 +129,27 @@ def _layout(command: cli.Plan) -> dict[str, Any]:
         }
         for row in layout.rows
     ]
-    axes = dict(mesh.shape)
-    return {"model": command.model, "mesh": axes, "bytes_per_device": layout.bytes_per_device, "parameters": rows}
+    for warning in layout.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return {
+        "model": command.model,
+        "mesh": dict(mesh.shape),
+        "bytes_per_device": layout.bytes_per_device,
+        "parameters": parameters,
+        "warnings": list(layout.warnings),
+    }
+
+
+def _explanation(command: cli.Plan, layout: Layout, moves: Flow, inputs: tuple[Any, ...]) -> dict[str, Any]:
+    """Why a parameter or an activation lies as it does, and what that moves."""
+    name = command.explain or ""
+    is_parameter = any(row.name == name for row in layout.rows)
+    moved = explain_flow(moves, name)
+    text = f"{explain(layout, name)}\nin a forward pass:\n{moved}" if is_parameter else moved
+    if not command.json:
+        print(text)
+        print(f"(forward pass over {' x '.join(map(str, inputs[0].shape))} tokens)")
+    return {"model": command.model, "mesh": dict(layout.mesh.shape), "name": name, "explanation": text}
 
 
 def _training(command: cli.Plan, batch_tokens: int) -> dict[str, Any]:

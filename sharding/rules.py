@@ -7,11 +7,13 @@ projection divide by K, or by K and then G, never by H; kv heads stay replicated
 picked by expert are split over `expert`; a router is not, for its choice needs all scores. What the program cuts open
 (the rows of a fused `[q | k | v]`) is never split across the cut.
 
-**Store rule.** Of the dimensions left the largest that divides is split over `fsdp` and gathered where it is used.
-Vectors stay replicated: a gather costs more time than their bytes are worth. A vector has one dimension besides the
-stack, or it is spread over several: it is only ever added or multiplied element by element, and one weight produces all
-of its dimensions, as the bias `[N, H]` of a projection to `N` heads. A table of positions `[T, D]` is none, for no
-weight produces its rows. A stack of layers is never split.
+**Store rule.** Of the dimensions left the largest that divides is split over `fsdp` and gathered where it is used. The
+vocabulary yields to the residual: rows of it that are split tempt XLA to gather activations instead, and the gradient
+of the table is then summed whole (Llama-3-8B on 64 v5e: 11.0 GiB against 9.1). Vectors stay replicated: a gather costs
+more time than their bytes are worth. A vector has one dimension besides the stack, or it is spread over several: it is
+only ever added or multiplied element by element, and one weight produces all of its dimensions, as the bias `[N, H]` of
+a projection to `N` heads. A table of positions `[T, D]` is none, for no weight produces its rows. A stack of layers is
+never split.
 
 `data` and `context` never split a weight. A dimension carries one axis. Axes that are absent or of size 1 split
 nothing.
@@ -174,7 +176,9 @@ class _Rules:
                 continue
             left = [d for d in self._wide(index) if d not in self.splits[index] and parameter.shape[d] % ways == 0]
             if left:
-                largest = max(left, key=lambda d: parameter.shape[d])
+                has_vocabulary = any(self._role(index, d) == "vocab" for d in left)
+                last = [d for d in left if has_vocabulary and self._role(index, d) != "residual"]
+                largest = max(left, key=lambda d: (d not in last, parameter.shape[d]))
                 self._split(
                     (index, largest), "fsdp", "store", f"the largest dimension left that divides by fsdp={ways}"
                 )

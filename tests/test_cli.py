@@ -257,6 +257,72 @@ def test_a_training_plan_explains_its_cost(capsys):
     assert "reduce_scatter of gradients over" in out
 
 
+def test_a_serving_plan_keeps_within_the_times_asked_for(capsys):
+    asked = "plan smollm2-135m --devices v5e:2x2 --requests 256:64 --slo ttft=0.5,tpot=0.02 --candidates 3 --json"
+    status, out, _ = run(capsys, *asked.split())
+    plan = json.loads(out)
+    assert (status, len(plan["candidates"])) == (0, 3)
+    for each in plan["candidates"]:
+        assert each["fits"]
+        assert each["meets_targets"]
+        assert (each["ttft_s"] <= 0.5, each["tpot_s"] <= 0.02) == (True, True)
+
+
+def test_the_cheapest_purchase_follows_the_prices(capsys):
+    asked = "plan smollm2-135m --cheapest --requests 256:64:5,32:32:1 --slo ttft=1,tpot=0.1 --offers v5e:1x1,h100:1"
+    for prices, chosen in (("v5e=1,h100=50", "v5e:1x1"), ("v5e=50,h100=1", "h100:1")):
+        status, out, _ = run(capsys, *asked.split(), "--json", "--prices", prices)
+        bought = json.loads(out)
+        assert (status, list(bought["counts"])) == (0, [chosen])
+        assert [sum(share.values()) for share in bought["shares"]] == pytest.approx([1, 1])
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("tiny --requests 256:64 --mesh fsdp=2", "--mesh: of a layout, and this is a serving plan"),
+        ("tiny --batch-tokens 4096 --slo ttft=1,tpot=1", "--slo: of a serving plan, and this is a training plan"),
+        ("tiny --cheapest", "--cheapest needs --requests"),
+        ("tiny --cheapest --requests 256:64 --slo ttft=1", '--slo is "ttft=SECONDS,tpot=SECONDS"'),
+        ("tiny --cheapest --requests 256 --slo ttft=1,tpot=1", 'requests per second", as in "1024:256:2.5'),
+        ("tiny --cheapest --requests 2:2 --slo ttft=1,tpot=1 --prices h100=-1", "h100 must be greater than 0; got -1"),
+        ("tiny --devices v5e:2x2 --requests 256:64,32:32", "for one kind of requests, --cheapest for many"),
+        ("t5-base --devices v5e:2x2 --requests 256:64", "serving plans are for decoders"),
+    ],
+)
+def test_a_serving_plan_that_cannot_be_made_says_why(capsys, asked, message):
+    status, _, err = run(capsys, "plan", *asked.split())
+    assert status == 2
+    assert message in err
+
+
+def test_a_parameter_and_a_scope_are_explained_with_what_they_move(capsys):
+    asked = "plan tiny --devices v5e:2x2 --mesh fsdp=2,tensor=2 --explain"
+    status, out, _ = run(capsys, *asked.split(), "embed.weight")
+    assert (status, "P(tensor, fsdp)" in out, "vocab" in out) == (0, True, True)
+    assert "all_gather over fsdp" in out
+    status, out, _ = run(capsys, *asked.split(), "mlp")
+    assert (status, "layers.py:" in out) == (0, True)
+    status, _, err = run(capsys, *asked.split(), "embed.wait")
+    assert (status, "embed.weight" in err) == (2, True)
+
+
+def test_a_layout_that_moves_what_no_rule_intends_is_refused_when_strict(capsys):
+    dense = "plan tiny --devices v5e:2x2 --mesh fsdp=2,tensor=2 --strict --json"
+    assert run(capsys, *dense.split())[0] == 0
+    experts = "plan qwen3-30b-a3b --devices v5e:4x4 --mesh fsdp=16 --strict"
+    status, _, err = run(capsys, *experts.split())
+    assert (status, "which no rule of the layout intends" in err) == (2, True)
+
+
+def test_verify_says_that_a_mesh_trains_as_one_device_does(capsys):
+    asked = "verify tiny --devices cpu:8 --mesh fsdp=4,tensor=2 --json"
+    status, out, _ = run(capsys, *asked.split())
+    (mesh,) = (report := json.loads(out))["meshes"]
+    assert (status, report["ok"], mesh["first_parting"]) == (0, True, None)
+    assert mesh["gradient"]["difference"] <= mesh["gradient"]["tolerance"]
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler for TPUs, is not installed"
 )

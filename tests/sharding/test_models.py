@@ -74,7 +74,8 @@ def expert_choice(name: str, shape: tuple[int, ...], config, axes: dict[str, int
         spec[first + dimension] = "tensor"
     free = [d for d in range(int(stacked), len(shape)) if spec[d] is None and shape[d] % axes.get("fsdp", 1) == 0]
     if axes.get("fsdp", 1) > 1 and len(shape) - stacked > 1 and free:
-        spec[max(free, key=lambda d: shape[d])] = "fsdp"
+        has_vocabulary = name.split(".")[-2] in ("embed", "unembed")  # [vocab, d_model]: its rows are stored last
+        spec[max(free, key=lambda d: (d > 0 or not has_vocabulary, shape[d]))] = "fsdp"
     return tuple(spec)
 
 

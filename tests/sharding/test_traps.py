@@ -400,7 +400,7 @@ def test_channels_of_convolutions_pair_like_features():
         "widen": ("tensor", "fsdp", None, None),
         "depthwise": ("tensor", None, None, None),
         "narrow": ("fsdp", "tensor", None, None),
-        "classes": ("fsdp", None),
+        "classes": (None, "fsdp"),
     }
     assert roles_of(Convolutions, example)["widen"][:2] == ("inner", "residual")
 

@@ -68,8 +68,9 @@ class Diagnosis:
             table = Table(
                 title=f"largest arrays at the peak of {label(self.candidate)}, compiled for {self.compiled_for}"
             )
-            for heading, justify in (("size", "right"), ("shape", "left"), ("module", "left"), ("source", "left")):
-                table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+            table.add_column("size", justify="right")
+            for heading in ("shape", "module", "source"):
+                table.add_column(heading)
             for each in self.buffers:
                 line = "/".join(pathlib.PurePath(each.source).parts[-3:])
                 table.add_row(bytes_text(each.bytes), each.shape, each.operation, line)

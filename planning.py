@@ -6,6 +6,7 @@ compile the best few, rank them again by what the compiler says.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ def lowered_step(
         config: of the model; layers are scanned and recomputed as the candidate says.
     """
     module = abstract_module(
-        dataclasses.replace(config, scan_layers=True, remat=candidate.remat),  # type: ignore[arg-type]
+        dataclasses.replace(config, scan_layers=True, remat=cast(Any, candidate.remat)),
         jnp.float32,
     )
     run = TrainConfig()

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ from meshloom.sharding.cheapest import RequestKind, Slo, cheapest
 from meshloom.sharding.explain import spec_text
 from meshloom.sharding.explain_flow import explain_flow
 from meshloom.sharding.flow import Flow, flow, strict
-from meshloom.sharding.plan_file import write_plan
+from meshloom.sharding.plan_file import check_plan_path, write_plan
 from meshloom.sharding.planner import Candidate, plan_training
 from meshloom.sharding.serving import plan_serving
 from meshloom.sharding.trace import trace
@@ -101,14 +101,16 @@ def _refuse_others(command: cli.Plan, kind: str) -> None:
 
 
 def _layout(command: cli.Plan) -> dict[str, Any]:
+    inputs: tuple[Any, ...]
     count = parse_devices(command.devices).count or len(jax.devices())
     mesh = abstract_mesh(command.mesh or default_axes(command.model, count), count)
     # Stacked, equal layers are one row of the table, and tracing does not grow with depth.
     config, module = abstract(command.model, scan_layers=True)
-    inputs: tuple[Any, ...] = module.example_inputs()  # type: ignore[attr-defined]
     if isinstance(config, DecoderConfig):  # a row of usual length per device, so that bytes are those of training
         rows = max(math.prod(mesh.shape.get(axis, 1) for axis in ("data", "fsdp")), 2)
         inputs = (jax.ShapeDtypeStruct((rows, min(4096, config.context)), jnp.int32),)
+    else:
+        inputs = cast(Any, module).example_inputs()
     layout = derive(module, mesh, *inputs)
     if command.strict:
         strict(trace(module, inputs), layout)
@@ -168,6 +170,8 @@ def _training(command: cli.Plan, batch_tokens: int) -> dict[str, Any]:
 
     if command.chart is not None:
         check_chart(command.chart)
+    if command.out is not None:
+        check_plan_path(command.out)
     wanted = 2 if command.compile is None else command.compile
     if wanted < 0:
         raise ConfigError(f"--compile is a number of plans, 0 or more; got {wanted}")

@@ -5,6 +5,7 @@ The file is the JSON of `meshloom plan --json`; its first candidate is the plan.
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -28,6 +29,16 @@ class TrainingPlan:
     def mesh_text(self) -> str:
         """`fsdp=4,tensor=2`, without axes of one device."""
         return ",".join(f"{axis}={size}" for axis, size in self.mesh.items() if size > 1) or "fsdp=1"
+
+
+def check_plan_path(path: pathlib.Path) -> None:
+    """Refuses a place that no plan can be written to, before minutes of compiling go into it.
+
+    Raises:
+        ConfigError: the folder does not exist or cannot be written to, or the path is a folder.
+    """
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"cannot write the plan to {path}: name a file in a folder that exists and can be written to")
 
 
 def write_plan(path: pathlib.Path, result: Mapping[str, Any]) -> None:

@@ -167,7 +167,7 @@ class _Rules:
     # -- store rule --
 
     def store(self) -> None:
-        """The largest dimension left over `fsdp`."""
+        """One of the dimensions left over `fsdp`: the largest, or the residual of a weight with a vocabulary."""
         ways = self._ways("fsdp")
         if ways == 1:
             return
@@ -176,12 +176,12 @@ class _Rules:
                 continue
             left = [d for d in self._wide(index) if d not in self.splits[index] and parameter.shape[d] % ways == 0]
             if left:
-                has_vocabulary = any(self._role(index, d) == "vocab" for d in left)
-                last = [d for d in left if has_vocabulary and self._role(index, d) != "residual"]
-                largest = max(left, key=lambda d: (d not in last, parameter.shape[d]))
-                self._split(
-                    (index, largest), "fsdp", "store", f"the largest dimension left that divides by fsdp={ways}"
-                )
+                reason = f"the largest dimension left that divides by fsdp={ways}"
+                residual = [d for d in left if self._role(index, d) == "residual"]
+                if residual and any(self._role(index, d) == "vocab" for d in left):
+                    left, reason = residual, f"the residual, before the vocabulary; it divides by fsdp={ways}"
+                largest = max(left, key=lambda d: parameter.shape[d])
+                self._split((index, largest), "fsdp", "store", reason)
 
     def _wide(self, index: int) -> list[int]:
         """Dimensions of a weight besides its stack of layers and those of size 1."""

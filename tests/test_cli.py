@@ -301,6 +301,10 @@ def test_a_parameter_and_a_scope_are_explained_with_what_they_move(capsys):
     status, out, _ = run(capsys, *asked.split(), "embed.weight")
     assert (status, "P(tensor, fsdp)" in out, "vocab" in out) == (0, True, True)
     assert "all_gather over fsdp" in out
+    status, out, _ = run(
+        capsys, *["plan", "tiny", "--devices", "v5e:2x2", "--mesh", "fsdp=4", "--explain", "embed.weight"]
+    )
+    assert (status, "the residual, before the vocabulary; it divides by fsdp=4" in out) == (0, True)
     status, out, _ = run(capsys, *asked.split(), "mlp")
     assert (status, "layers.py:" in out) == (0, True)
     status, _, err = run(capsys, *asked.split(), "embed.wait")
@@ -361,6 +365,7 @@ def test_without_the_compiler_a_plan_is_predicted_and_says_what_to_install(capsy
             "longer than llama3-8b's context",
         ),
         ("smollm2-135m --devices v5e:2x2 --batch-tokens 65536 --chart /no/where.png", "cannot write the chart"),
+        ("smollm2-135m --devices v5e:2x2 --batch-tokens 65536 --out /no/plan.json", "cannot write the plan"),
         ("smollm2-135m --devices v5e:2x2 --batch-tokens 65536 --chart plan.xyz", "cannot write the chart to plan.xyz"),
         ("llama3-8b --devices v100:8 --batch-tokens 65536", "no bfloat16 peak is known for v100"),
         ("t5-base --devices v5e:4x4 --batch-tokens 65536", "training plans are for decoders"),

@@ -17,7 +17,7 @@ from rich.table import Table
 from meshloom.core.ahead import compiler_missing, target_devices
 from meshloom.core.buffers import Buffer, largest_buffers
 from meshloom.core.hardware import CHIPS
-from meshloom.core.topology import Devices
+from meshloom.core.topology import Devices, mesh_text
 from meshloom.models.config import DecoderConfig
 from meshloom.planning import compile_candidate
 from meshloom.sharding.charts import label
@@ -178,7 +178,7 @@ def _change(before: Candidate, after: Candidate) -> str:
     """`remat full, 16 parts`: what differs."""
     words = []
     if before.mesh != after.mesh:
-        words.append(",".join(f"{axis}={size}" for axis, size in after.mesh.items() if size > 1))
+        words.append(mesh_text(after.mesh))
     if before.remat != after.remat:
         words.append(f"remat {after.remat}")
     if before.parts != after.parts:

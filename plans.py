@@ -17,7 +17,7 @@ from meshloom import cli
 from meshloom.core.ahead import compiler_missing
 from meshloom.core.errors import ConfigError, ShardingError
 from meshloom.core.hardware import CHIPS
-from meshloom.core.topology import Devices, abstract_mesh, parse_devices
+from meshloom.core.topology import Devices, abstract_mesh, mesh_text, parse_devices
 from meshloom.models.config import DecoderConfig
 from meshloom.models.source import abstract, abstract_module, default_axes
 from meshloom.sharding import Layout, derive, explain, table
@@ -214,16 +214,16 @@ def _training(command: cli.Plan, batch_tokens: int) -> dict[str, Any]:
 
 def _asked_for(command: cli.Plan, devices: Devices, priced: list[Candidate]) -> list[Candidate]:
     """Those with the mesh, remat policy and parts that the command names."""
-    mesh = None if command.mesh is None else dict(abstract_mesh(command.mesh, devices.count).shape)
+    mesh = None if command.mesh is None else mesh_text(abstract_mesh(command.mesh, devices.count).shape)
     found = [
         each
         for each in priced
-        if (mesh is None or {a: n for a, n in each.mesh.items() if n > 1} == {a: n for a, n in mesh.items() if n > 1})
+        if mesh in (None, mesh_text(each.mesh))
         and command.remat in (None, each.remat)
         and command.parts in (None, each.parts)
     ]
     if not found:
-        meshes = sorted({",".join(f"{a}={n}" for a, n in each.mesh.items() if n > 1) for each in priced})
+        meshes = sorted({mesh_text(each.mesh) for each in priced} - {""})
         raise ShardingError(
             f"no plan has mesh={command.mesh}, remat={command.remat}, parts={command.parts}; meshes that split the "
             f"weights and take the batch are {', '.join(meshes[:12])}{' and others' if len(meshes) > 12 else ''}"

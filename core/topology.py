@@ -6,6 +6,7 @@ Axis names are the whole runtime's vocabulary; nothing here knows what a model d
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -205,6 +206,11 @@ def parse_mesh(text: str) -> dict[str, int]:
             raise ShardingError(f"axis {name!r} stands twice in {text!r}")
         sizes[name] = int(size)
     return sizes
+
+
+def mesh_text(sizes: Mapping[str, int]) -> str:
+    """What `parse_mesh` reads, "fsdp=4,tensor=2": axes of more than one device, "" if there are none."""
+    return ",".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
 
 
 def make_mesh(axes: str | dict[str, int], devices: list[jax.Device] | None = None) -> Mesh:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from meshloom.core.errors import ConfigError
+from meshloom.core.topology import mesh_text
 from meshloom.sharding.cheapest import Purchase, RequestKind
 from meshloom.sharding.explain import bytes_text
 from meshloom.sharding.planner import Candidate
@@ -22,7 +23,7 @@ def candidate_table(candidates: Sequence[Candidate], *, title: str) -> Table:
     for heading in ("rows per device", "parts", "step", "MFU", "memory per device", "compiled", "fits"):
         table.add_column(heading, justify="right")
     for each in candidates:
-        axes = ",".join(f"{axis}={size}" for axis, size in each.mesh.items() if size > 1) or "one device"
+        axes = mesh_text(each.mesh) or "one device"
         memory = f"{_size(each.memory.total)} of {_size(each.hbm_bytes)}"
         compiled = "" if each.compiled_bytes is None else _size(each.compiled_bytes)
         numbers = str(each.microbatch), str(each.parts), _time(each.step_time_s), f"{each.mfu:.1%}", memory
@@ -96,7 +97,7 @@ def serving_table(candidates: Sequence[ServeCandidate], *, title: str) -> Table:
     ):
         table.add_column(heading, justify="right")
     for each in candidates:
-        axes = ",".join(f"{axis}={size}" for axis, size in each.mesh.items() if size > 1) or "one device"
+        axes = mesh_text(each.mesh) or "one device"
         memory = f"{_size(each.memory.total)} of {_size(each.hbm_bytes)}"
         times = _time(each.ttft_s), _time(each.tpot_s), f"{each.tokens_per_s:,.0f}"
         usable = "yes" if each.fits and each.meets_targets else "no"
@@ -171,7 +172,7 @@ def save_chart(candidates: Sequence[Candidate], path: str | pathlib.Path) -> Non
 
 def label(candidate: Candidate) -> str:
     """`fsdp=64,tensor=4 full x2`: mesh, remat, rows per device and part."""
-    axes = ",".join(f"{axis}={size}" for axis, size in candidate.mesh.items() if size > 1) or "one device"
+    axes = mesh_text(candidate.mesh) or "one device"
     return f"{axes} {candidate.remat} x{candidate.microbatch}"
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from meshloom.core.errors import ConfigError
+from meshloom.core.topology import mesh_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class TrainingPlan:
     @property
     def mesh_text(self) -> str:
         """`fsdp=4,tensor=2`, without axes of one device."""
-        return ",".join(f"{axis}={size}" for axis, size in self.mesh.items() if size > 1) or "fsdp=1"
+        return mesh_text(self.mesh) or "fsdp=1"
 
 
 def check_plan_path(path: pathlib.Path) -> None:

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from rich.table import Table
 
+from meshloom.core.topology import mesh_text
+
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
@@ -148,7 +150,7 @@ class VerifyReport:
         for heading in ("mesh", "loss", "gradient, worst", "update, worst", "verdict"):
             table.add_column(heading, overflow="fold")
         for mesh in self.meshes:
-            name = ",".join(f"{axis}={size}" for axis, size in mesh.mesh.items() if size > 1)
+            name = mesh_text(mesh.mesh)
             cells = (f"{each.size:.1e} ({each.tolerance:.1e})" for each in (mesh.loss, mesh.gradient, mesh.update))
             loss, gradient, update = cells
             verdict = "[green]same[/]" if mesh.ok else f"[red]parts[/] in the {mesh.parting}"

@@ -3,13 +3,15 @@
 A compile after warm-up is a stall for somebody; `CompileGuard` makes it an error in tests and a number in production.
 """
 
+import contextlib
 import os
 import pathlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from meshloom.core.errors import MeshloomError
 
@@ -33,6 +35,25 @@ def enable_compilation_cache(folder: str | pathlib.Path | None = None) -> pathli
     jax.config.update("jax_compilation_cache_dir", str(target))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     return target
+
+
+@contextlib.contextmanager
+def without_compilation_cache() -> Iterator[None]:
+    """Compiles inside are not read from the persistent cache and not written to it.
+
+    For devices that are elsewhere: JAX writes their programs to the cache and cannot read them back.
+    """
+    folder = jax.config.jax_compilation_cache_dir
+    if folder is None:
+        yield
+        return
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        compilation_cache.reset_cache()
 
 
 def compile_ahead(function: Callable[..., Any], *arguments: Any, **jit_options: Any) -> jax.stages.Compiled:

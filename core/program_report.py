@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from meshloom.core.compile import without_compilation_cache
 from meshloom.core.errors import MeshloomError
 from meshloom.core.hlo import Computation, Instruction, Module, parse
 
@@ -86,7 +87,7 @@ class ProgramReport:
 def compile_and_report(
     lowered: jax.stages.Lowered, mesh: Mapping[str, int], options: Mapping[str, Any] | None = None
 ) -> tuple[jax.stages.Compiled, ProgramReport]:
-    """Compiles and reads what came of it.
+    """Compiles, never from the persistent cache, and reads what came of it.
 
     Args:
         mesh: axis -> size, in the order of the mesh's devices.
@@ -96,7 +97,8 @@ def compile_and_report(
     """
     start = time.perf_counter()
     try:
-        compiled = lowered.compile(compiler_options=dict(options) if options else None)
+        with without_compilation_cache():
+            compiled = lowered.compile(compiler_options=dict(options) if options else None)
     except jax.errors.JaxRuntimeError as error:
         raise _out_of_memory(error) or error from error
     return compiled, report(compiled, mesh, time.perf_counter() - start)

@@ -44,6 +44,22 @@ def test_a_stored_weight_is_gathered_on_every_target(text):
     assert report.argument_bytes == (1024 + 256) * 256 * 2 // parse_devices(text).count
 
 
+@pytest.mark.parametrize("text", [FOR_TPU, FOR_GPU])
+def test_a_persistent_cache_is_left_alone(text, tmp_path):
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in names]
+    try:
+        for name, value in zip(names, (str(tmp_path), 0.0), strict=True):
+            jax.config.update(name, value)
+        for _ in range(2):  # a second one would be read from the cache, which needs the devices
+            compiled_for(text)
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+        assert not list(tmp_path.iterdir())
+    finally:
+        for name, value in zip(names, before, strict=True):
+            jax.config.update(name, value)
+
+
 @needs_tpu
 @pytest.mark.parametrize(
     "text", ["v4:2x2x2", "v5e:1x1", "v5e:2x4", "2xv5e:4x4", "v5p:2x1x1", "v5p:4x4x4", "v6e:2x2", "tpu7x:2x2x1"]

@@ -30,12 +30,23 @@ class Target:
         return cls(getattr(device, "platform", None), device.device_kind)
 
 
+def may_be_spread() -> bool:
+    """Whether the mesh in scope leaves it to XLA to spread arrays over devices; not inside shard_map."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(mesh.shape[axis] > 1 for axis in (*mesh.auto_axes, *mesh.explicit_axes))
+
+
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """One way to compute an op: `run(*args, **options)`, and `why_not(spec, target)` -> reason it cannot, or None."""
+    """One way to compute an op.
+
+    Attributes:
+        run: what the op calls; ops say with what.
+        why_not: (spec, target) -> the reason it cannot compute that there, or None.
+    """
 
     name: str
-    run: Callable[..., Any]
+    run: Any
     why_not: Callable[[Any, Target], str | None]
 
 

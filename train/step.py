@@ -130,7 +130,8 @@ def lower_step(step: Callable[..., Any], weights: Weights, batch: Batch, layout:
     shardings = jax.tree.map(lambda x: x.sharding, weights)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated))
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.replicated)
-    return jitted.lower(weights, batch, number)
+    with jax.set_mesh(layout.mesh):  # kernels choose what runs by it
+        return jitted.lower(weights, batch, number)
 
 
 def compile_step(step: Callable[..., Any], weights: Weights, batch: Batch, layout: Layout) -> jax.stages.Compiled:

@@ -1,23 +1,23 @@
 """Attention over whole sequences and over a paged cache: one function each, several implementations behind it."""
 
+import functools
+
+import jax
 from jaxtyping import Array, Float
 
-from meshloom.pallas_kernels.attention.chunked import attention_chunked
+from meshloom.pallas_kernels.attention import chunked, reference
+from meshloom.pallas_kernels.attention.kernel import Kernel, Scoring, row_products, sinks_gradient, with_sinks
 from meshloom.pallas_kernels.attention.paged import paged_attention_chunked
-from meshloom.pallas_kernels.attention.reference import attention_reference, paged_attention_reference
+from meshloom.pallas_kernels.attention.reference import paged_attention_reference
 from meshloom.pallas_kernels.attention.spec import AttentionSpec, KVPages, Mask, PagedSpec, Ragged, check_heads
 from meshloom.pallas_kernels.dispatch import Implementation, Target, select
 
 __all__ = ["KVPages", "Mask", "Ragged", "attention", "paged_attention"]
 
 
-def _chunked_attention_why_not(spec: AttentionSpec, target: Target) -> str | None:
-    return "an additive bias needs the reference" if spec.has_bias else None
-
-
 ATTENTION = (
-    Implementation("chunked", attention_chunked, _chunked_attention_why_not),
-    Implementation("reference", attention_reference, lambda spec, target: None),
+    Implementation("chunked", Kernel(chunked.forward, chunked.backward), lambda spec, target: None),
+    Implementation("reference", Kernel(reference.forward, reference.backward), lambda spec, target: None),
 )
 PAGED_ATTENTION = (
     Implementation("chunked", paged_attention_chunked, lambda spec, target: None),
@@ -34,26 +34,53 @@ def attention(
     scale: float | None = None,
     soft_cap: float | None = None,
     bias: Float[Array, "#B #N T S"] | None = None,
+    sinks: Float[Array, "N"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N Hv"]:
-    """Scaled dot-product attention with grouped kv heads; differentiable in q, k, v and bias.
+    """Scaled dot-product attention with grouped kv heads; differentiable in q, k, v, bias and sinks.
 
     Args:
         mask: which keys each query may read.
         scale: multiplies q k; None is H ** -0.5.
         soft_cap: scores become soft_cap * tanh(scores / soft_cap), after scale and before bias.
         bias: added to the scores, float32.
-        implementation: "chunked" or "reference" for tests and benches; None chooses.
+        sinks: score of one more key per head that every query may read and whose value is zero.
+        implementation: by name, for tests and benches; None chooses.
     Returns:
         Rows in q's dtype; zeros for queries that may read no key.
-    Source: Dao 2023, FlashAttention-2, algorithm 1 (online softmax; `chunked`).
+    Source: Dao 2023, FlashAttention-2, algorithms 1 and 2 (online softmax).
     Raises MeshloomError when N is not a multiple of K, or the requested implementation declines.
     """
     check_heads(q.shape[2], k.shape[2])
-    spec = AttentionSpec(q.shape, k.shape, v.shape[-1], str(q.dtype), bias is not None, mask)
-    chosen = select("attention", ATTENTION, spec, Target.of_mesh(), implementation)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return chosen.run(q, k, v, mask=mask, scale=scale, soft_cap=soft_cap, bias=bias)
+    bias_shape = None if bias is None else bias.shape
+    spec = AttentionSpec(q.shape, k.shape, v.shape[-1], str(q.dtype), bias_shape, mask)
+    kernel = select("attention", ATTENTION, spec, Target.of_mesh(), implementation).run
+    scoring = Scoring(q.shape[-1] ** -0.5 if scale is None else scale, soft_cap)
+    return _attend(kernel, scoring, q, k, v, bias, sinks, mask)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(kernel: Kernel, scoring: Scoring, q, k, v, bias, sinks, mask: Mask):
+    return _attend_fwd(kernel, scoring, q, k, v, bias, sinks, mask)[0]
+
+
+def _attend_fwd(kernel: Kernel, scoring: Scoring, q, k, v, bias, sinks, mask: Mask):
+    out, lse = kernel.forward(q, k, v, bias, mask, scoring, q.dtype)
+    if sinks is not None:
+        out, lse = with_sinks(out, lse, sinks)
+    return out, (q, k, v, bias, sinks, mask, out, lse)
+
+
+def _attend_bwd(kernel: Kernel, scoring: Scoring, residuals, d_out):
+    q, k, v, bias, sinks, mask, out, lse = residuals
+    delta = row_products(out, d_out)
+    dq, dk, dv, d_bias = kernel.backward(q, k, v, bias, mask, scoring, lse, delta, d_out, q.dtype)
+    d_bias = None if bias is None else d_bias.astype(bias.dtype)
+    d_sinks = None if sinks is None else sinks_gradient(sinks, lse, delta)
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype), d_bias, d_sinks, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def paged_attention(

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from meshloom.pallas_kernels.attention.kernel import MASKED
 from meshloom.pallas_kernels.attention.spec import KVPages, Ragged, soft_capped
 
 # Keys per step of the online softmax in prefill, and query rows per tile.
@@ -24,7 +25,6 @@ ROW_TILE = 128
 # past the end must be few; with one it costs its fixed part. A model step on two CPU cores, 30 layers, 160 keys each,
 # takes in ms of CPU: with 32 sequences 216 at 32 keys each, 239 at 64, 259 at 128; with one 39 at 256, 41 at 128.
 DECODE_KEYS = 1024
-MASKED = -1e30
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ Leaf = Any
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["q_segments", "kv_segments", "kv_lens"],
+    data_fields=["q_segments", "kv_segments", "kv_lens", "offset"],
     meta_fields=["causal", "window"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +28,12 @@ class Mask:
     """Which keys a query may read. All conditions hold together; a query that may read none yields zeros.
 
     Attributes:
-        causal: key position <= query position, aligned at the bottom right: the last query sees the last key.
+        causal: key position <= query position.
         window: key position > query position - window (with `causal`: the last `window` keys, itself included).
         q_segments, kv_segments: only equal ids see each other (packed documents).
         kv_lens: keys at positions >= kv_lens are padding.
+        offset: position of the first query, where the first key's is 0; may be negative. None is S - T: aligned at the
+            bottom right, the last query sees the last key.
     """
 
     causal: bool = True
@@ -39,12 +41,22 @@ class Mask:
     q_segments: Int[Array, "B T"] | Leaf | None = None
     kv_segments: Int[Array, "B S"] | Leaf | None = None
     kv_lens: Int[Array, "B"] | Leaf | None = None
+    offset: Int[Array, ""] | Leaf | None = None
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the truth table follows from lengths alone."""
+        return self.q_segments is None and self.kv_lens is None and self.offset is None
+
+    def first_position(self, q_total: int, kv_total: int) -> int | Int[Array, ""]:
+        """Position of the first query."""
+        return kv_total - q_total if self.offset is None else self.offset
 
     def allowed(
         self, q_index: Int[Array, "T"], kv_index: Int[Array, "S"], q_total: int, kv_total: int
     ) -> Bool[Array, "#B T S"]:
         """Truth table for a block of queries and keys, given by their indices in sequences of the total lengths."""
-        q_position = (q_index + (kv_total - q_total))[:, None]
+        q_position = (q_index + self.first_position(q_total, kv_total))[:, None]
         kv_position = kv_index[None, :]
         table = jnp.broadcast_to(kv_position < kv_total, (q_index.size, kv_index.size))
         if self.causal:
@@ -133,13 +145,17 @@ class KVPages:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
-    """The static facts of one `attention` call, for choosing an implementation."""
+    """The static facts of one `attention` call, for choosing an implementation.
+
+    Attributes:
+        bias_shape: of the additive bias, or None.
+    """
 
     q_shape: tuple[int, ...]
     kv_shape: tuple[int, ...]
     value_dim: int
     dtype: str
-    has_bias: bool
+    bias_shape: tuple[int, ...] | None
     mask: Mask
 
 

@@ -1,0 +1,88 @@
+"""What the TPU's compiler made of a kernel, instruction by instruction: exact figures with no TPU and no noise.
+
+libtpu writes the final schedule of every program it compiles when it is told to before it starts. A TPU core issues one
+bundle per cycle, so the bundles of a region are its cycles unless it waits: for copies from HBM, for semaphores, and
+for a unit that is busy. Those waits are not in the figures.
+"""
+
+import collections
+import dataclasses
+import os
+import pathlib
+import re
+
+from meshloom.core.errors import ConfigError
+
+_LINE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:")
+_REGION = re.compile(r"(Start|End|Start/End empty) region (\d+)")
+_ARGUMENT = "LIBTPU_INIT_ARGS"
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """A stretch of a kernel's schedule that runs as a whole: a loop body or a branch, without the regions inside it.
+
+    Attributes:
+        number: as the compiler counts.
+        bundles: instruction words; cycles, if nothing waits.
+        matmuls: vmatmul instructions by the dtype of their operands.
+        spills, fills: vector registers written to memory for want of registers, and read back.
+    """
+
+    number: int
+    bundles: int
+    matmuls: dict[str, int]
+    spills: int
+    fills: int
+
+
+def dump_bundles(folder: str | pathlib.Path) -> None:
+    """Has libtpu leave the schedules of all it compiles from now on in `folder`; call it before anything compiles."""
+    flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+    os.environ[_ARGUMENT] = f"{os.environ.get(_ARGUMENT, '')} {flags}".strip()
+
+
+def kernel_regions(folder: str | pathlib.Path, kernel: str) -> list[Region]:
+    """The regions of the kernel called `kernel` (the `name` of its `pallas_call`), in the order of their first bundle.
+
+    Raises:
+        ConfigError: the folder holds no schedule of it; libtpu was asked too late, or read the program from a cache.
+    """
+    named = re.compile(rf"^\d+-{re.escape(kernel)}(\.\d+)?-\d+-final_bundles\.txt$")
+    files = sorted(path for path in pathlib.Path(folder).iterdir() if named.match(path.name))
+    if not files:
+        raise ConfigError(f"no schedule of a kernel {kernel!r} in {folder}; ask for schedules before libtpu starts")
+    return regions(files[-1].read_text())
+
+
+def regions(text: str) -> list[Region]:
+    """The regions of one schedule, from the text of its `final_bundles` file."""
+    open_regions: list[int] = [0]
+    counts: dict[int, collections.Counter[str]] = {0: collections.Counter()}
+    for line in text.splitlines():
+        events = _REGION.findall(line)
+        for event, number in events:
+            if event == "Start":
+                open_regions.append(int(number))
+                counts.setdefault(int(number), collections.Counter())
+        if _LINE.match(line):
+            count = counts[open_regions[-1]]
+            count["bundles"] += 1
+            count["spills"] += len(re.findall(r"vst \[vmem:\[#allocation\d+_spill", line))
+            count["fills"] += len(re.findall(r"vld \[vmem:\[#allocation\d+_spill", line))
+            for dtype in re.findall(r"vmatmul\.(?:\w*mubr\w*\.)?([a-z0-9]+)", line):
+                count[f"matmul {dtype}"] += 1
+        for event, number in events:
+            if event == "End" and int(number) in open_regions:
+                open_regions.remove(int(number))
+    return [
+        Region(
+            number,
+            count["bundles"],
+            {key.split()[1]: value for key, value in count.items() if key.startswith("matmul ")},
+            count["spills"],
+            count["fills"],
+        )
+        for number, count in counts.items()
+        if count["bundles"]
+    ]

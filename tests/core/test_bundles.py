@@ -1,0 +1,62 @@
+"""Schedules of TPU kernels are read as the compiler wrote them."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+from meshloom.core.bundles import Region, kernel_regions, regions
+from meshloom.core.errors import ConfigError
+
+SCHEDULE = """
+LB: loop body
+     0   :  { %s1 = smov 0 } /* Start region 1 */
+   0x1 LB: > { %v2 = vld [vmem:[#allocation2_spill]]  ;;  %v3 = vmatmul.mubr.bf16.gmra.mxu0 %v1 } /* Start region 7 */
+   0x2   : > { %9 = vmatmul.mubr.f32.vlgmr.msra.gmra.mxu1 %v2  ;;  %8 = vst [vmem:[#allocation4_spill] sm:$0xff] %v3 }
+   0x3   : > {} /* End region 7 */
+   0x4 PF: > { %8 = vst [vmem:[#allocation4] sm:$0xff] %v3 } /* Start region 9 :: End region 9 :: Start/End empty region 10 */
+   0x5   :  { %s1 = smov 0 } /* End region 1 */
+"""
+MULTIPLIES = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import pallas as pl
+from meshloom.core.ahead import target_devices, without_tpu
+from meshloom.core.bundles import dump_bundles
+from meshloom.core.topology import parse_devices
+dump_bundles(sys.argv[1])
+without_tpu()
+mesh = jax.sharding.Mesh(np.array(target_devices(parse_devices("v5e:1x1"))), ("x",))
+x = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16, sharding=jax.NamedSharding(mesh, jax.P()))
+
+def multiply(x, y, out):
+    out[...] = jnp.dot(x[...], y[...], preferred_element_type=jnp.float32)
+
+run = pl.pallas_call(multiply, out_shape=jax.ShapeDtypeStruct(x.shape, jnp.float32), name="multiply")
+jax.jit(run).lower(x, x).compile()
+"""
+
+
+def test_each_bundle_belongs_to_the_innermost_region():
+    outside, loop, tail = regions(SCHEDULE)
+    assert outside == Region(1, bundles=2, matmuls={}, spills=0, fills=0)
+    assert loop == Region(7, bundles=3, matmuls={"bf16": 1, "f32": 1}, spills=1, fills=1)
+    assert tail == Region(9, bundles=1, matmuls={}, spills=0, fills=0)
+
+
+def test_a_folder_without_the_kernel_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="no schedule of a kernel 'flash'"):
+        kernel_regions(tmp_path, "flash")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU's compiler, is not installed")
+def test_a_product_of_256_takes_the_array_as_many_pushes_as_it_has_tiles(tmp_path):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", MULTIPLIES, str(tmp_path)]
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+    (body,) = [each for each in kernel_regions(tmp_path, "multiply") if each.matmuls]
+    # v5e: 16 rows of bfloat16 a push, against 128 x 128 weights.
+    assert sum(body.matmuls.values()) == 256 // 16 * 2 * 2
+    assert body.bundles >= sum(body.matmuls.values()) * 8 / 4

@@ -70,7 +70,7 @@ def regions(text: str) -> list[Region]:
             count["bundles"] += 1
             count["spills"] += len(re.findall(r"vst \[vmem:\[#allocation\d+_spill", line))
             count["fills"] += len(re.findall(r"vld \[vmem:\[#allocation\d+_spill", line))
-            for dtype in re.findall(r"vmatmul\.(?:\w*mubr\w*\.)?([a-z0-9]+)", line):
+            for dtype in re.findall(r"vmatmul\.(?:mubr\.|msk\.)*([a-z0-9]+)", line):
                 count[f"matmul {dtype}"] += 1
         for event, number in events:
             if event == "End" and int(number) in open_regions:

@@ -5,7 +5,7 @@ import functools
 import jax
 from jaxtyping import Array, Float
 
-from meshloom.pallas_kernels.attention import chunked, reference
+from meshloom.pallas_kernels.attention import chunked, mosaic_tpu, mosaic_tpu_backward, reference
 from meshloom.pallas_kernels.attention.kernel import Kernel, Scoring, row_products, sinks_gradient, with_sinks
 from meshloom.pallas_kernels.attention.paged import paged_attention_chunked
 from meshloom.pallas_kernels.attention.reference import paged_attention_reference
@@ -16,10 +16,20 @@ __all__ = ["KVPages", "Mask", "Ragged", "attention", "paged_attention"]
 
 
 ATTENTION = (
+    Implementation(
+        "mosaic_tpu",
+        Kernel(mosaic_tpu.forward, mosaic_tpu_backward.backward),
+        lambda spec, target: mosaic_tpu.why_not(spec, target) or mosaic_tpu_backward.why_not(spec),
+    ),
     Implementation("chunked", Kernel(chunked.forward, chunked.backward), lambda spec, target: None),
     Implementation("reference", Kernel(reference.forward, reference.backward), lambda spec, target: None),
 )
 PAGED_ATTENTION = (
+    Implementation(
+        "mosaic_tpu",
+        Kernel(mosaic_tpu.forward, mosaic_tpu_backward.backward),
+        lambda spec, target: mosaic_tpu.why_not(spec, target) or mosaic_tpu_backward.why_not(spec),
+    ),
     Implementation("chunked", paged_attention_chunked, lambda spec, target: None),
     Implementation("reference", paged_attention_reference, lambda spec, target: None),
 )

@@ -16,11 +16,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from meshloom.pallas_kernels.attention.kernel import MASKED, Scoring
 from meshloom.pallas_kernels.attention.spec import Mask, soft_capped
+from meshloom.pallas_kernels.attention.visits import Blocks
 from meshloom.pallas_kernels.dispatch import may_be_spread
 
 # Scores of one pair and head take 256 KiB in float32. Not tuned yet: no other size has been measured.
@@ -28,54 +28,18 @@ BLOCK = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class _Blocks:
-    """How queries and keys are cut."""
-
-    q_total: int
-    kv_total: int
-    block: int
+class _Chunks(Blocks):
+    """Square blocks, and the arrays in the shapes that are cut into them."""
 
     @classmethod
-    def of(cls, q_total: int, kv_total: int) -> "_Blocks":
+    def of(cls, q_total: int, kv_total: int) -> "_Chunks":
         longest = max(q_total, kv_total)
-        return cls(q_total, kv_total, BLOCK if longest > BLOCK else longest)
+        block = BLOCK if longest > BLOCK else longest
+        return cls(q_total, kv_total, block, block)
 
-    def pairs(self, mask: Mask) -> np.ndarray:
-        """int32 [P, 2]: the (query block, key block) pairs with at least one position that lengths allow."""
-        q_blocks, kv_blocks = -(-self.q_total // self.block), -(-self.kv_total // self.block)
-        pairs = [(i, j) for i in range(q_blocks) for j in range(kv_blocks)]
-        if mask.offset is None:
-            pairs = [pair for pair in pairs if self._in_reach(*pair, mask, self.kv_total - self.q_total)]
-        return np.asarray(pairs or [(0, 0)], np.int32)
-
-    def _in_reach(self, i, j, mask: Mask, offset):
-        """Whether causality and the window leave anything of a pair, the first query being at `offset`."""
-        first = i * self.block + offset
-        last = (i + 1) * self.block - 1 + offset
-        reached = j * self.block <= last if mask.causal else True
-        return reached if mask.window is None else reached & ((j + 1) * self.block - 1 > first - mask.window)
-
-    def visited(self, mask: Mask, pairs: np.ndarray) -> Bool[Array, "P"] | None:
-        """Which pairs the data allows, for any row of the batch; None where all are visited."""
-        if mask.is_static or may_be_spread():
-            return None
-        i, j = pairs.T
-        seen = jnp.ones(len(pairs), bool)
-        if mask.offset is not None:
-            seen &= self._in_reach(i, j, mask, mask.offset)
-        if mask.kv_lens is not None:
-            seen &= j * self.block < jnp.max(mask.kv_lens)
-        if mask.q_segments is not None:
-            q_least, q_most = self._range(mask.q_segments)
-            kv_least, kv_most = self._range(mask.kv_segments)
-            seen &= jnp.any((q_least[:, i] <= kv_most[:, j]) & (kv_least[:, j] <= q_most[:, i]), axis=0)
-        return seen
-
-    def _range(self, segments):
-        """Least and greatest id of each block, int32 [B, I or J]."""
-        blocks = jnp.pad(segments, ((0, 0), (0, -segments.shape[1] % self.block)), mode="edge")
-        blocks = blocks.reshape(segments.shape[0], -1, self.block)
-        return blocks.min(2), blocks.max(2)
+    @property
+    def block(self) -> int:
+        return self.block_q
 
     def padded(self, x: Float[Array, "B L N H"]) -> Float[Array, "B L_up N H"]:
         return jnp.pad(x, ((0, 0), (0, -x.shape[1] % self.block), (0, 0), (0, 0)))
@@ -112,7 +76,7 @@ def _corner(x, pair, block: int):
     return jax.lax.dynamic_slice(x, start, (*x.shape[:-2], block, block)), start
 
 
-def _scores(blocks: _Blocks, mask: Mask, scoring: Scoring, pair, q, k, bias):
+def _scores(blocks: _Chunks, mask: Mask, scoring: Scoring, pair, q, k, bias):
     """Masked scores of one pair [B, K, G, c, c], the derivative of the soft cap, and the mask [b, 1, 1, c, c]."""
     raw = scoring.scale * jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32)
     scores = soft_capped(raw, scoring.soft_cap)
@@ -125,12 +89,12 @@ def _scores(blocks: _Blocks, mask: Mask, scoring: Scoring, pair, q, k, bias):
     return jnp.where(allowed, scores, MASKED), slope, allowed
 
 
-def _over_pairs(blocks: _Blocks, mask: Mask, visit, start):
+def _over_pairs(blocks: _Chunks, mask: Mask, visit, start):
     """Folds `visit(carry, pair) -> carry` over the pairs that the mask allows."""
     pairs = blocks.pairs(mask)
-    seen = blocks.visited(mask, pairs)
-    if seen is None:
+    if mask.is_static or may_be_spread():
         return jax.lax.scan(lambda carry, pair: (visit(carry, pair), None), start, jnp.asarray(pairs))[0]
+    seen = jnp.any(blocks.seen(mask, pairs), axis=0)
 
     def step(carry, at):
         pair, wanted = at
@@ -149,7 +113,7 @@ def forward(
     dtype: Any,
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
     """Equal to the reference up to rounding. Products run in q's dtype, softmax in float32."""
-    blocks = _Blocks.of(q.shape[1], k.shape[1])
+    blocks = _Chunks.of(q.shape[1], k.shape[1])
     block, kv_heads = blocks.block, k.shape[2]
     q_BKGTH, k_BKSH, v_BKSH = blocks.rows(q, kv_heads), blocks.keys(k), blocks.keys(v)
     table = None if bias is None else blocks.biases(bias, kv_heads)
@@ -190,7 +154,7 @@ def backward(
     Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"], Float[Array, "#B #N T S"] | None
 ]:
     """Gradients, block by block; sums over blocks in float32."""
-    blocks = _Blocks.of(q.shape[1], k.shape[1])
+    blocks = _Chunks.of(q.shape[1], k.shape[1])
     block, kv_heads = blocks.block, k.shape[2]
     q_BKGTH, d_out_BKGTH = (blocks.rows(x, kv_heads) for x in (q, d_out))
     k_BKSH, v_BKSH = blocks.keys(k), blocks.keys(v)

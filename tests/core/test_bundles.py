@@ -16,7 +16,7 @@ LB: loop body
    0x1 LB: > { %v2 = vld [vmem:[#allocation2_spill]]  ;;  %v3 = vmatmul.mubr.bf16.gmra.mxu0 %v1 } /* Start region 7 */
    0x2   : > { %9 = vmatmul.mubr.f32.vlgmr.msra.gmra.mxu1 %v2  ;;  %8 = vst [vmem:[#allocation4_spill] sm:$0xff] %v3 }
    0x3   : > {} /* End region 7 */
-   0x4 PF: > { %8 = vst [vmem:[#allocation4] sm:$0xff] %v3 } /* Start region 9 :: End region 9 :: Start/End empty region 10 */
+   0x4 PF: > { %8 = vst [vmem:[#allocation4] sm:$0xff] %v3 } /* Start region 9 :: End region 9 */
    0x5   :  { %s1 = smov 0 } /* End region 1 */
 """
 MULTIPLIES = """

@@ -1,5 +1,7 @@
 """Every implementation of `attention` means what the float32 reference says, in values and gradients."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from meshloom.pallas_kernels.attention import ATTENTION, chunked, reference
 from meshloom.pallas_kernels.attention.cases import ATTENTION_CASES, AttentionCase
 from meshloom.pallas_kernels.attention.kernel import merge_partials, row_products
 from meshloom.pallas_kernels.attention.spec import AttentionSpec
+from meshloom.pallas_kernels.attention.visits import ACTIVE, FIRST, LAST, MASKED_IN_PART, Blocks
 from meshloom.pallas_kernels.dispatch import Target, explain
 
 
@@ -114,26 +117,61 @@ def test_a_great_sink_takes_all_and_a_small_one_nothing():
 
 
 def test_blocks_the_mask_rules_out_are_not_visited():
-    blocks = chunked._Blocks(1024, 1024, 256)
+    blocks = Blocks(1024, 1024, 256, 256)
     assert len(blocks.pairs(Mask())) == 4 * 5 // 2
     assert len(blocks.pairs(Mask(window=256))) == 4 + 3
     assert len(blocks.pairs(Mask(causal=False))) == 16
 
 
-def test_blocks_the_data_rules_out_are_skipped_unless_arrays_may_be_spread():
-    blocks = chunked._Blocks(1024, 1024, 256)
-    documents = jnp.repeat(jnp.arange(1, 5), 256)[None]  # four, one to a block
+DOCUMENTS = jnp.repeat(jnp.arange(1, 5), 256)[None]  # four, one to a block of 256
+BY_DATA = (
+    (Mask(q_segments=DOCUMENTS, kv_segments=DOCUMENTS), 4),
+    (Mask(kv_lens=jnp.asarray([256])), 4),
+    (Mask(offset=jnp.int32(-512)), 2 + 1),
+)
 
-    def visits(mask: Mask) -> int | None:
-        seen = blocks.visited(mask, blocks.pairs(mask))
-        return None if seen is None else int(seen.sum())
 
-    assert visits(Mask()) is None
-    assert visits(Mask(q_segments=documents, kv_segments=documents)) == 4
-    assert visits(Mask(kv_lens=jnp.asarray([256]))) == 4
-    assert visits(Mask(offset=jnp.int32(-512))) == 2 + 1
-    with jax.set_mesh(make_mesh("fsdp=8")):
-        assert visits(Mask(kv_lens=jnp.asarray([256]))) is None
+@pytest.mark.parametrize(("mask", "visits"), BY_DATA, ids=["segments", "lengths", "offset"])
+def test_blocks_the_data_rules_out_are_skipped(mask, visits):
+    blocks = Blocks(1024, 1024, 256, 256)
+    assert blocks.seen(mask, blocks.pairs(mask)).sum() == visits
+    q = jax.ShapeDtypeStruct((1, 1024, 1, 8), jnp.float32)
+
+    def skips() -> bool:
+        return "cond[" in str(jax.make_jaxpr(lambda q: attention(q, q, q, mask=mask))(q))
+
+    assert skips()
+    with jax.set_mesh(make_mesh("fsdp=8")):  # devices that run one program would have to agree first
+        assert not skips()
+
+
+@pytest.mark.parametrize("by", [0, 1])
+@pytest.mark.parametrize(("mask", "_"), [*BY_DATA, (Mask(window=300), 0), (Mask(causal=False), 0)])
+def test_every_block_has_one_run_of_visits(mask, _, by):
+    blocks = Blocks(1000, 900, 256, 128)
+    seen = np.zeros(blocks.counts, bool)
+    mask = dataclasses.replace(mask, **{name: x[:, :n] for name, x, n in segments_of(mask)})
+    pairs = blocks.pairs(mask)
+    seen[tuple(pairs.T)] = np.broadcast_to(blocks.seen(mask, pairs), (1, len(pairs)))[0]
+    allowed = np.asarray(mask.allowed(jnp.arange(1024), jnp.arange(1024), 1000, 900))[0]
+    (table,) = np.asarray(blocks.visits(mask, by))
+    active = table[table[:, 2] & ACTIVE > 0]
+    assert list(active[active[:, 2] & FIRST > 0][:, by]) == list(range(blocks.counts[by]))
+    assert list(active[active[:, 2] & LAST > 0][:, by]) == list(range(blocks.counts[by]))
+    assert {(i, j) for i, j in zip(*np.nonzero(seen), strict=True)} <= {(i, j) for i, j, _ in active}
+    assert len({(i, j) for i, j, _ in active}) == len(active)
+    for i, j, bits in active:
+        block = allowed[i * 256 : (i + 1) * 256, j * 128 : (j + 1) * 128]
+        assert block.any() <= seen[i, j]
+        if not bits & MASKED_IN_PART:
+            assert block[: 1000 - i * 256].all()
+    assert (table[len(active) :, :2] == active[-1, :2]).all()
+
+
+def segments_of(mask: Mask):
+    """Name, ids and length of the segments that `mask` has."""
+    lengths = {"q_segments": 1000, "kv_segments": 900}
+    return [(name, x, n) for name, n in lengths.items() if (x := getattr(mask, name)) is not None]
 
 
 @settings(max_examples=15, deadline=None)
@@ -156,13 +194,14 @@ def test_selection_is_a_table_with_reasons():
     q, _, _, mask = AttentionCase("table").arrays()
     spec = AttentionSpec(q.shape, q.shape, 16, "float32", bias_shape=None, mask=mask)
     table = explain(ATTENTION, spec, Target())
-    assert [row.name for row in table] == ["chunked", "reference"]
-    assert table[0].reason is None
+    assert [row.name for row in table] == ["mosaic_tpu", "chunked", "reference"]
+    assert "it runs on TPUs" in table[0].reason
+    assert table[1].reason is None
 
 
 def test_unknown_implementations_and_wrong_heads_are_named():
     q, k, v, mask = AttentionCase("errors").arrays()
-    with pytest.raises(MeshloomError, match=r"no implementation 'flash'; it has chunked, reference"):
+    with pytest.raises(MeshloomError, match=r"no implementation 'flash'; it has mosaic_tpu, chunked, reference"):
         attention(q, k, v, mask=mask, implementation="flash")
     with pytest.raises(MeshloomError, match="4 query heads are not a multiple of 3 kv heads"):
         attention(q, k[:, :, :1].repeat(3, 2), v[:, :, :1].repeat(3, 2), mask=mask)

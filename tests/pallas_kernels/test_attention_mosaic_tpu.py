@@ -1,0 +1,131 @@
+"""The TPU's attention kernels mean what the reference says: interpreted, simulated with races, compiled for chips."""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from meshloom.core.ahead import target_devices
+from meshloom.core.topology import make_mesh, parse_devices
+from meshloom.pallas_kernels import Mask, attention
+from meshloom.pallas_kernels.attention import ATTENTION, mosaic_tpu, mosaic_tpu_backward, reference
+from meshloom.pallas_kernels.attention.cases import ATTENTION_CASES, AttentionCase
+from meshloom.pallas_kernels.attention.kernel import row_products
+from meshloom.pallas_kernels.attention.spec import AttentionSpec
+from meshloom.pallas_kernels.dispatch import Target, explain
+
+needs_tpu_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler for TPUs, is not installed"
+)
+CASES = [case for case in ATTENTION_CASES if case.bias is None and not case.sinks]
+SIMULATED = [case for case in CASES if case.name in ("several_blocks", "segments_skip_blocks", "no_key_in_reach")]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 256 queries and keys with strips of 128, so that small cases have several of each."""
+    for module in (mosaic_tpu, mosaic_tpu_backward):
+        for name, value in (("BLOCK_Q", 256), ("BLOCK_KV", 256), ("STRIP", 128)):
+            monkeypatch.setattr(module, name, value)
+
+
+def passes(kernel, case: AttentionCase, dtype=jnp.float32):
+    """out, lse, dq, dk, dv of one kernel as float32 numpy; the backward pass is fed by the reference's forward."""
+    q, k, v, mask = case.arrays()
+    want, lse = reference.forward(q, k, v, None, mask, case.scoring, jnp.float32)
+    d_out = jnp.asarray(np.random.default_rng(3).normal(size=want.shape), case.dtype)
+    delta = row_products(want, d_out)
+
+    @jax.jit
+    def run(q, k, v, lse, delta, d_out):
+        forth = kernel.forward(q, k, v, None, mask, case.scoring, dtype)
+        back = kernel.backward(q, k, v, None, mask, case.scoring, lse, delta, d_out, dtype)
+        return *forth, *back[:3]
+
+    return [np.asarray(x, np.float32) for x in run(q, k, v, lse, delta, d_out)]
+
+
+def assert_close(case: AttentionCase, got: list[np.ndarray]):
+    # bfloat16: weights and score gradients are rounded to 8 bits before their products.
+    bound = 2e-5 if case.dtype == "float32" else 2**-6
+    for one, two in zip(passes(reference, case), got, strict=True):
+        np.testing.assert_allclose(two, one, atol=bound * (1 + np.abs(one).max()), rtol=0)
+
+
+def kernel_pair():
+    return next(each.run for each in ATTENTION if each.name == "mosaic_tpu")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_both_passes_equal_the_references(case, small_blocks, monkeypatch):
+    monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
+    assert_close(case, passes(kernel_pair(), case))
+
+
+@pytest.mark.parametrize("case", SIMULATED, ids=lambda case: case.name)
+def test_nothing_races_and_nothing_is_read_before_it_is_written(case, small_blocks):
+    checks = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
+    with pltpu.force_tpu_interpret_mode(checks):
+        assert_close(case, passes(kernel_pair(), case))
+
+
+def test_two_runs_are_bitwise_the_same(small_blocks, monkeypatch):
+    monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
+    case = next(case for case in CASES if case.name == "segments_skip_blocks")
+    for one, two in zip(passes(kernel_pair(), case), passes(kernel_pair(), case), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def compiled_for(chip: str, case: AttentionCase):
+    """The gradient of `attention`, compiled for one chip: what was chosen there is what is in the program."""
+    where = parse_devices(chip)
+    mesh = make_mesh({"fsdp": 1}, target_devices(where)[:1])
+    whole = jax.NamedSharding(mesh, jax.P())
+    q, k, v, mask = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), case.arrays())
+
+    def loss(q, k, v, mask):
+        return jnp.sum(attention(q, k, v, mask=mask, soft_cap=case.soft_cap).astype(jnp.float32))
+
+    with jax.set_mesh(mesh):
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v, mask).compile().as_text()
+
+
+EVERYTHING = {"q_len": 512, "kv_len": 512, "segments": 2, "lens": (300, 512), "soft_cap": 20.0, "dtype": "bfloat16"}
+
+
+@needs_tpu_compiler
+@pytest.mark.parametrize("chip", ["v5e:1x1", "v5p:1x1x1", "v6e:1x1", "tpu7x:1x1x1"])
+def test_both_kernels_compile_for_each_chip_and_are_chosen_there(chip, small_blocks):
+    text = compiled_for(chip, AttentionCase("all", head_dim=128, value_dim=128, window=200, **EVERYTHING))
+    assert "attention_forward" in text
+    assert "attention_backward" in text
+
+
+@needs_tpu_compiler
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (80, 80), (96, 96), (192, 128), (256, 256)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_head_size_compiles(head_dim, value_dim, dtype, small_blocks):
+    sizes = {"q_len": 256, "kv_len": 384, "head_dim": head_dim, "value_dim": value_dim, "dtype": dtype}
+    assert "attention_backward" in compiled_for("v6e:1x1", AttentionCase("head", **sizes))
+
+
+def test_the_table_says_why_not():
+    q = (1, 4096, 8, 128)
+    on_tpu = Target("tpu", "TPU v6 lite")
+
+    def reason(target: Target, **changes) -> str | None:
+        spec = AttentionSpec(**{"q_shape": q, "kv_shape": q, "value_dim": 128, "dtype": "bfloat16"} | changes)
+        return next(row.reason for row in explain(ATTENTION, spec, target) if row.name == "mosaic_tpu")
+
+    plain = {"bias_shape": None, "mask": Mask()}
+    assert reason(on_tpu, **plain) is None
+    assert "it runs on TPUs, not on cpu" in reason(Target("cpu", "cpu"), **plain)
+    assert "no additive bias" in reason(on_tpu, bias_shape=(1, 8, 4096, 4096), mask=Mask())
+    assert "takes 536,870,912 bytes" in reason(on_tpu, **plain, q_shape=(1, 2**20, 8, 128))
+    with jax.set_mesh(make_mesh("fsdp=8")):
+        assert "shard_map" in reason(on_tpu, **plain)

@@ -191,6 +191,18 @@ class BenchServe(BenchServeConfig, Placed):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchKernels(Common):
+    """Compare the kernels with those people use today: by the compiler's schedules for a TPU, which need none, or by
+    time on this CPU.
+
+    Attributes:
+        target: v5e, v5p, v6e, tpu7x or cpu.
+    """
+
+    target: str = "cpu"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Info(Common):
     """Print versions, devices, memory and cache folders."""
 
@@ -205,6 +217,7 @@ COMMANDS: dict[str, type[Common]] = {
     "verify": Verify,
     "convert": Convert,
     "bench serve": BenchServe,
+    "bench kernels": BenchKernels,
     "info": Info,
 }
 

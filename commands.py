@@ -144,6 +144,12 @@ def bench_serve(command: cli.BenchServe) -> dict[str, Any]:
     return result
 
 
+def bench_kernels(command: cli.BenchKernels) -> dict[str, Any]:
+    from meshloom.kernel_bench import bench_kernels
+
+    return bench_kernels(command)
+
+
 def info(command: cli.Info) -> dict[str, Any]:
     devices = jax.devices()
     page, pages, free = (os.sysconf(name) for name in ("SC_PAGE_SIZE", "SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))

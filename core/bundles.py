@@ -14,6 +14,7 @@ import re
 from meshloom.core.errors import ConfigError
 
 _LINE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:")
+_LOOP = re.compile(r"^\s*0x[0-9a-f]+\s+LB:")
 _REGION = re.compile(r"(Start|End|Start/End empty) region (\d+)")
 _ARGUMENT = "LIBTPU_INIT_ARGS"
 
@@ -25,12 +26,14 @@ class Region:
     Attributes:
         number: as the compiler counts.
         bundles: instruction words; cycles, if nothing waits.
+        loops: whether it is the body of a loop itself; a branch in that body is not.
         matmuls: vmatmul instructions by the dtype of their operands.
         spills, fills: vector registers written to memory for want of registers, and read back.
     """
 
     number: int
     bundles: int
+    loops: bool
     matmuls: dict[str, int]
     spills: int
     fills: int
@@ -48,7 +51,8 @@ def kernel_regions(folder: str | pathlib.Path, kernel: str) -> list[Region]:
     Raises:
         ConfigError: the folder holds no schedule of it; libtpu was asked too late, or read the program from a cache.
     """
-    named = re.compile(rf"^\d+-{re.escape(kernel)}(\.\d+)?-\d+-final_bundles\.txt$")
+    # XLA writes what the kernel was traced under around its name, as in jvp(flash) and transpose(jvp(flash)).
+    named = re.compile(rf"^\d+-(?:(?:jvp|transpose|jit|vmap)_)*{re.escape(kernel)}_*(\.\d+)?-\d+-final_bundles\.txt$")
     files = sorted(path for path in pathlib.Path(folder).iterdir() if named.match(path.name))
     if not files:
         raise ConfigError(f"no schedule of a kernel {kernel!r} in {folder}; ask for schedules before libtpu starts")
@@ -68,6 +72,7 @@ def regions(text: str) -> list[Region]:
         if _LINE.match(line):
             count = counts[open_regions[-1]]
             count["bundles"] += 1
+            count["loops"] += bool(_LOOP.match(line))
             count["spills"] += len(re.findall(r"vst \[vmem:\[#allocation\d+_spill", line))
             count["fills"] += len(re.findall(r"vld \[vmem:\[#allocation\d+_spill", line))
             for dtype in re.findall(r"vmatmul\.(?:mubr\.|msk\.)*([a-z0-9]+)", line):
@@ -79,6 +84,7 @@ def regions(text: str) -> list[Region]:
         Region(
             number,
             count["bundles"],
+            bool(count["loops"]),
             {key.split()[1]: value for key, value in count.items() if key.startswith("matmul ")},
             count["spills"],
             count["fills"],

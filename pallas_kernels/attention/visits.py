@@ -61,10 +61,10 @@ class Blocks:
             whole = whole & ((j + 1) * self.block_kv - 1 <= first)
         return whole if mask.window is None else whole & (j * self.block_kv > last - mask.window)
 
-    def seen(self, mask: Mask, pairs: Int[np.ndarray, "P 2"]) -> Bool[Array, "#B P"]:
+    def seen(self, mask: Mask, pairs: Int[np.ndarray, "P 2"]) -> Bool[Array, "#B P"] | Bool[np.ndarray, "1 P"]:
         """Pairs of which the data leaves anything, for each row of the batch."""
         i, j = pairs.T
-        seen = jnp.ones((1, len(pairs)), bool)
+        seen = _numpy_for(mask).ones((1, len(pairs)), bool)
         if mask.offset is not None:
             seen &= self._in_reach(i, j, mask, mask.offset)
         if mask.kv_lens is not None:
@@ -75,10 +75,12 @@ class Blocks:
             seen &= (q_least[:, i] <= kv_most[:, j]) & (kv_least[:, j] <= q_most[:, i])
         return seen
 
-    def whole(self, mask: Mask, pairs: Int[np.ndarray, "P 2"]) -> Bool[Array, "#B P"]:
+    def whole(self, mask: Mask, pairs: Int[np.ndarray, "P 2"]) -> Bool[Array, "#B P"] | Bool[np.ndarray, "1 P"]:
         """Pairs that the mask leaves whole: no position in them need be tested."""
         i, j = pairs.T
-        whole = jnp.asarray(self._whole(i, j, mask, mask.first_position(self.q_total, self.kv_total)))[None]
+        whole = _numpy_for(mask).asarray(self._whole(i, j, mask, mask.first_position(self.q_total, self.kv_total)))[
+            None
+        ]
         if mask.kv_lens is not None:
             whole &= (j + 1) * self.block_kv <= mask.kv_lens[:, None]
         if mask.q_segments is not None:
@@ -103,20 +105,26 @@ class Blocks:
         begins = np.concatenate([[True], pairs[1:, by] != pairs[:-1, by]])
         # A run keeps its first pair, whatever the data says.
         seen = self.seen(mask, pairs) | begins
-        count = jnp.sum(seen, axis=1, keepdims=True)
-        order = jnp.argsort(~seen, axis=1, stable=True)
-        place = jnp.minimum(jnp.arange(len(pairs)), count - 1)
-        order = jnp.take_along_axis(order, place, axis=1)
-        table = jnp.asarray(pairs)[order]
-        active = jnp.arange(len(pairs)) < count
+        xp = _numpy_for(mask)
+        steps = xp.arange(len(pairs))
+        count = xp.sum(seen, axis=1, keepdims=True)
+        order = xp.argsort(~seen, axis=1, stable=True)
+        order = xp.take_along_axis(order, xp.minimum(steps, count - 1), axis=1)
+        table = xp.asarray(pairs)[order]
         run = table[:, :, by]
-        edge = jnp.ones((len(run), 1), bool)
+        edge = xp.ones((len(run), 1), bool)
         changed = run[:, 1:] != run[:, :-1]
-        first = jnp.concatenate([edge, changed], axis=1)
-        last = jnp.concatenate([changed, edge], axis=1) | (jnp.arange(len(pairs)) == count - 1)
-        whole = jnp.take_along_axis(jnp.broadcast_to(self.whole(mask, pairs), seen.shape), order, axis=1)
+        first = xp.concatenate([edge, changed], axis=1)
+        last = xp.concatenate([changed, edge], axis=1) | (steps == count - 1)
+        whole = xp.take_along_axis(xp.broadcast_to(self.whole(mask, pairs), seen.shape), order, axis=1)
         bits = FIRST * first + LAST * last + MASKED_IN_PART * ~whole + ACTIVE
-        return jnp.concatenate([table, jnp.where(active, bits, 0)[..., None]], axis=2).astype(jnp.int32)
+        bits = xp.where(steps < count, bits, 0)[..., None]
+        return jnp.asarray(xp.concatenate([table, bits], axis=2), jnp.int32)
+
+
+def _numpy_for(mask: Mask) -> Any:
+    """NumPy where the table is known when tracing, so that no program computes it; JAX's where the data decides."""
+    return np if mask.is_static else jnp
 
 
 def _range(segments: Int[Array, "B L"], block: int) -> tuple[Int[Array, "B I"], Int[Array, "B I"]]:

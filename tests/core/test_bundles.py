@@ -41,9 +41,9 @@ jax.jit(run).lower(x, x).compile()
 
 def test_each_bundle_belongs_to_the_innermost_region():
     outside, loop, tail = regions(SCHEDULE)
-    assert outside == Region(1, bundles=2, matmuls={}, spills=0, fills=0)
-    assert loop == Region(7, bundles=3, matmuls={"bf16": 1, "f32": 1}, spills=1, fills=1)
-    assert tail == Region(9, bundles=1, matmuls={}, spills=0, fills=0)
+    assert outside == Region(1, bundles=2, loops=False, matmuls={}, spills=0, fills=0)
+    assert loop == Region(7, bundles=3, loops=True, matmuls={"bf16": 1, "f32": 1}, spills=1, fills=1)
+    assert tail == Region(9, bundles=1, loops=False, matmuls={}, spills=0, fills=0)
 
 
 def test_a_folder_without_the_kernel_is_named(tmp_path):

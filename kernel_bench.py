@@ -1,0 +1,81 @@
+"""`meshloom bench kernels`: the table of kernels beside their peers, for a TPU that is elsewhere or for this CPU."""
+
+import dataclasses
+import pathlib
+import sys
+import tempfile
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from meshloom import cli
+from meshloom.core.ahead import compiler_missing
+from meshloom.core.bundles import dump_bundles
+from meshloom.core.errors import ConfigError
+from meshloom.core.topology import parse_devices
+
+_ONE_CHIP = {"v5e": "v5e:1x1", "v6e": "v6e:1x1", "v5p": "v5p:1x1x1", "tpu7x": "tpu7x:1x1x1"}
+
+
+def bench_kernels(command: cli.BenchKernels) -> dict[str, Any]:
+    """Prints the table unless `--json`; returns `{"target", "kernels": [...]}`.
+
+    Raises:
+        ConfigError: the target is not known, or its compiler is not installed; says what would work.
+    """
+    if command.target != "cpu" and command.target not in _ONE_CHIP:
+        raise ConfigError(f"--target {command.target}: kernels are compared for cpu, {', '.join(_ONE_CHIP)}")
+    console = Console(stderr=True, quiet=command.json)
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console, transient=True) as progress:
+        progress.add_task(f"kernels for {command.target}", total=None)
+        for row in _rows(command.target, folder):
+            rows.append(dataclasses.asdict(row))
+    if not command.json:
+        Console(width=None if sys.stdout.isatty() else 180).print(_table(command.target, rows))
+    return {"target": command.target, "kernels": rows}
+
+
+def _rows(target: str, folder: str) -> Any:
+    if target == "cpu":
+        from meshloom.pallas_kernels.bench import attention_on_cpu
+
+        return attention_on_cpu()
+    devices = parse_devices(_ONE_CHIP[target])
+    if (missing := compiler_missing(devices)) is not None:
+        raise ConfigError(missing)
+    dump_bundles(folder)
+    from meshloom.pallas_kernels.bench import attention_on_tpu
+
+    return attention_on_tpu(devices, pathlib.Path(folder))
+
+
+def _table(target: str, rows: list[dict[str, Any]]) -> Table:
+    headings = {
+        "tile_bundles": "bundles per 128x128x128",
+        "peak_share": "of the peak",
+        "cycles": "cycles per head",
+        "spills": "spills",
+        "seconds": "seconds",
+        "times_peer": "times the peer",
+    }
+    table = Table(title=f"kernels on {target}")
+    table.add_column("op")
+    table.add_column("kernel")
+    shown = [name for name in headings if name in rows[0]]
+    for name in shown:
+        table.add_column(headings[name], justify="right")
+    for row in rows:
+        table.add_row(row["op"], row["kernel"], *(_text(name, row[name]) for name in shown))
+    return table
+
+
+def _text(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if name == "peak_share":
+        return f"{value:.0%}"
+    return f"{value:,.0f}" if name in ("cycles", "spills") else f"{value:.3g}"

@@ -1,0 +1,175 @@
+"""The kernels against those that people use today, in one run: schedules on TPUs, seconds on a CPU.
+
+A TPU's figures come from the compiler's schedules and need no TPU: bundles are cycles unless something waits. What the
+estimate does not see is said in docs/kernels.md.
+"""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
+
+from meshloom.core.ahead import target_devices
+from meshloom.core.bundles import Region, kernel_regions
+from meshloom.core.compile import without_compilation_cache
+from meshloom.core.topology import Devices, make_mesh
+from meshloom.pallas_kernels.attention import Mask, attention, mosaic_tpu, mosaic_tpu_backward
+from meshloom.pallas_kernels.attention.visits import MASKED_IN_PART, Blocks
+
+TOKENS, HEADS, HEAD_DIM = 4096, 8, 128
+TILE = 128
+# Cycles of a core for a product of 128 x 128 x 128 in bfloat16, where 128 is what is summed over or the width: v5e and
+# v5p have four arrays of 128 x 128, v6e two of 256 x 256 that take two rows a cycle, half empty at 128.
+TILE_CYCLES = {"v5e": 32, "v5p": 32, "v6e": 16}
+# Block sizes (queries, keys, keys at a time) in which splash attention was fastest here, and whether its backward pass
+# is one kernel or two.
+SPLASH = (((1024, 1024, 512), False), ((1024, 1024, 512), True), ((1024, 1024, 1024), False))
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelFigures:
+    """One kernel's schedule.
+
+    Attributes:
+        op: what it computes. kernel: whose, and its block sizes.
+        tile_bundles: bundles per product of 128 x 128 x 128, in the region for pairs of blocks that are not masked.
+        peak_share: of the matrix unit's peak at this head size, in that region; None where the peak is not known.
+        cycles: for one head, estimated.
+        spills: vector registers written to memory in that region.
+    """
+
+    op: str
+    kernel: str
+    tile_bundles: float
+    peak_share: float | None
+    cycles: float
+    spills: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Seconds:
+    """One way to compute an op on this CPU: the best of several runs, and the peer's time over it."""
+
+    op: str
+    kernel: str
+    seconds: float
+    times_peer: float
+
+
+def attention_on_tpu(devices: Devices, folder: pathlib.Path) -> Iterator[KernelFigures]:
+    """Causal attention of 4,096 tokens, head size 128, bfloat16: ours, then JAX's splash attention.
+
+    Args:
+        devices: one chip. folder: where libtpu leaves its schedules (`core.bundles.dump_bundles`).
+    """
+    mesh = make_mesh({"fsdp": 1}, target_devices(devices)[:1])
+    whole = jax.NamedSharding(mesh, jax.P())
+    peak = TILE_CYCLES.get(devices.platform)
+    x = jax.ShapeDtypeStruct((1, TOKENS, HEADS, HEAD_DIM), jnp.bfloat16, sharding=whole)
+    _compile(mesh, jax.grad(lambda q, k, v: _sum(attention(q, k, v, mask=Mask())), argnums=(0, 1, 2)), x, x, x)
+    for op, module, name, products, by in (
+        ("attention forward", mosaic_tpu, "attention_forward", 2, 0),
+        ("attention backward", mosaic_tpu_backward, "attention_backward", 5, 1),
+    ):
+        blocks = mosaic_tpu.blocks_of(TOKENS, TOKENS, module.BLOCK_Q, module.BLOCK_KV)
+        label = f"meshloom {blocks.block_q}x{blocks.block_kv}"
+        yield _figures(op, label, kernel_regions(folder, name), _visits(blocks, by), blocks, products, peak)
+    x = jax.ShapeDtypeStruct((HEADS, TOKENS, HEAD_DIM), jnp.bfloat16, sharding=whole)
+    for sizes, fused in SPLASH:
+        peer = _splash(sizes, fused)
+        _compile(mesh, jax.grad(lambda q, k, v, peer=peer: _sum(peer(q, k, v)), argnums=(0, 1, 2)), x, x, x)
+        blocks = Blocks(TOKENS, TOKENS, *sizes[:2])
+        pairs = len(blocks.pairs(Mask()))
+        label = f"splash {'x'.join(map(str, sizes))}"
+        forward = kernel_regions(folder, "splash_mha_fwd_residuals")
+        yield _figures("attention forward", label, forward, [pairs], blocks, 2, peak)
+        names = ["splash_mha_dkv_no_residuals"] + ([] if fused else ["splash_mha_dq_no_residuals"])
+        parts = [kernel_regions(folder, name) for name in names]
+        regions = [region for part in parts for region in part]
+        label += ", one kernel" if fused else ", two kernels"
+        yield _figures("attention backward", label, regions, [pairs] * len(parts), blocks, 5, peak)
+
+
+def _sum(x: Any) -> Any:
+    return jnp.sum(x.astype(jnp.float32))
+
+
+def _compile(mesh: Any, function: Callable[..., Any], *arguments: Any) -> None:
+    with jax.set_mesh(mesh), without_compilation_cache():
+        jax.jit(function).lower(*arguments).compile()
+
+
+def _splash(sizes: tuple[int, int, int], fused: bool) -> Callable[..., Any]:
+    queries, keys, at_once = sizes
+    two = {} if fused else {"block_q_dq": queries, "block_kv_dq": keys}
+    blocks = splash.BlockSizes(
+        block_q=queries,
+        block_kv=keys,
+        block_kv_compute=at_once,
+        block_q_dkv=queries,
+        block_kv_dkv=keys,
+        block_kv_dkv_compute=at_once,
+        use_fused_bwd_kernel=fused,
+        **two,
+    )
+    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((TOKENS, TOKENS))] * HEADS)
+    return splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=blocks)
+
+
+def _visits(blocks: Blocks, by: int) -> list[int]:
+    """How often our kernels run each of their regions with products: the diagonal, what is masked in part, the rest."""
+    i, j, bits = np.asarray(blocks.visits(Mask(), by))[0].T
+    partly = bits & MASKED_IN_PART > 0
+    diagonal = partly & (i * blocks.block_q == j * blocks.block_kv)
+    return [int(diagonal.sum()), int((partly & ~diagonal).sum()), int((~partly).sum())]
+
+
+def _figures(
+    op: str, kernel: str, regions: list[Region], visits: list[int], blocks: Blocks, products: int, peak: int | None
+) -> KernelFigures:
+    """Figures of one op from the schedule of its kernels; the last regions with products are those without a mask.
+
+    Loops are counted once for a visit, branches without products, which begin and end a run, once for a run.
+    """
+    working = [region for region in regions if region.matmuls]
+    plain = working[-1:] if len(visits) == 3 else working
+    tiles = products * blocks.block_q * blocks.block_kv / TILE**2
+    tile_bundles = sum(region.bundles for region in plain) / tiles
+    steps = sum(visits) if len(visits) == 3 else visits[0]
+    cycles = sum(region.bundles * times for region, times in zip(working, visits, strict=True))
+    for region in regions:
+        if not region.matmuls:
+            cycles += region.bundles * (steps if region.loops else blocks.counts[0])
+    share = None if peak is None else peak / tile_bundles
+    return KernelFigures(op, kernel, tile_bundles, share, float(cycles), sum(region.spills for region in plain))
+
+
+def attention_on_cpu(tokens: int = 2048) -> Iterator[Seconds]:
+    """Causal attention forward and backward on this CPU, 8 heads of 64: ours beside `jax.nn.dot_product_attention`."""
+    for dtype in ("float32", "bfloat16"):
+        rng = np.random.default_rng(0)
+        q, k, v = (jnp.asarray(rng.normal(size=(1, tokens, 8, 64)), dtype) for _ in range(3))
+        peer = _best(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True), q, k, v)
+        ours = _best(lambda q, k, v: attention(q, k, v, mask=Mask()), q, k, v)
+        op = f"attention forward and backward, {tokens} tokens, {dtype}"
+        yield Seconds(op, "jax.nn.dot_product_attention", peer, 1.0)
+        yield Seconds(op, "meshloom chunked", ours, peer / ours)
+
+
+def _best(function: Callable[..., Any], *arguments: Any, runs: int = 5) -> float:
+    """Seconds of the best of several runs of its gradient, after one that compiles."""
+    gradient = jax.jit(jax.grad(lambda *x: _sum(function(*x)), argnums=(0, 1, 2)))
+    jax.block_until_ready(gradient(*arguments))
+    seconds = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        jax.block_until_ready(gradient(*arguments))
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

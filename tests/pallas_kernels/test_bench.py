@@ -1,0 +1,62 @@
+"""The kernel bench compares like with like."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from meshloom import cli
+from meshloom.core.bundles import Region
+from meshloom.kernel_bench import bench_kernels
+from meshloom.pallas_kernels import bench
+from meshloom.pallas_kernels.attention.visits import Blocks
+
+
+def test_cycles_are_bundles_times_how_often_they_run():
+    loop = Region(1, bundles=10, loops=True, matmuls={}, spills=0, fills=0)
+    begin = Region(2, bundles=5, loops=False, matmuls={}, spills=0, fills=0)
+    diagonal, partly, plain = (Region(3 + n, 100 * (n + 1), False, {"bf16": 4}, n, 0) for n in range(3))
+    blocks = Blocks(512, 512, 128, 128)
+    regions = [loop, begin, diagonal, partly, plain]
+    figures = bench._figures("op", "ours", regions, [4, 0, 6], blocks, 2, peak=100)
+    assert figures.cycles == 4 * 100 + 6 * 300 + 10 * 10 + 4 * 5
+    assert figures.tile_bundles == 300 / 2
+    assert figures.peak_share == 100 / 150
+    assert figures.spills == 2
+
+
+def test_our_visits_are_the_pairs_on_and_below_the_diagonal():
+    assert bench._visits(Blocks(4096, 4096, 1024, 1024), by=0) == [4, 0, 6]
+    assert bench._visits(Blocks(4096, 4096, 1024, 1024), by=1) == [4, 0, 6]
+
+
+def test_the_cpu_is_timed_beside_jaxs_own_attention(monkeypatch, capsys):
+    monkeypatch.setattr(bench.attention_on_cpu, "__defaults__", (64,))
+    result = bench_kernels(cli.BenchKernels(target="cpu"))
+    assert [row["kernel"] for row in result["kernels"]] == ["jax.nn.dot_product_attention", "meshloom chunked"] * 2
+    assert all(row["seconds"] > 0 for row in result["kernels"])
+    assert "times the peer" in capsys.readouterr().out
+
+
+def test_an_unknown_target_is_answered_with_those_there_are(capsys):
+    assert cli.main(["bench", "kernels", "--target", "v4"]) == 2
+    assert "--target v4: kernels are compared for cpu, v5e, v6e, v5p, tpu7x" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU's compiler, is not installed")
+@pytest.mark.parametrize(("target", "forward", "backward"), [("v6e", 0.72, 0.72), ("v5e", 0.88, 0.88)])
+def test_attention_takes_no_more_cycles_than_splash_at_its_best(target, forward, backward):
+    command = [sys.executable, "-m", "meshloom.cli", "bench", "kernels", "--target", target, "--json"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=600)
+    rows = json.loads(done.stdout)["kernels"]
+    for op, share in (("attention forward", forward), ("attention backward", backward)):
+        (ours,) = [row for row in rows if row["op"] == op and row["kernel"].startswith("meshloom")]
+        theirs = [row for row in rows if row["op"] == op and row["kernel"].startswith("splash")]
+        assert ours["cycles"] <= min(row["cycles"] for row in theirs)
+        assert ours["spills"] <= min(row["spills"] for row in theirs)
+        assert ours["peak_share"] >= share

@@ -55,7 +55,7 @@ def _rows(target: str, folder: str) -> Any:
 
 def _table(target: str, rows: list[dict[str, Any]]) -> Table:
     headings = {
-        "tile_bundles": "bundles per 128x128x128",
+        "tile_cycles": "cycles per 128x128x128",
         "peak_share": "of the peak",
         "cycles": "cycles per head",
         "spills": "spills",

@@ -28,6 +28,9 @@ TILE = 128
 # Cycles of a core for a product of 128 x 128 x 128 in bfloat16, where 128 is what is summed over or the width: v5e and
 # v5p have four arrays of 128 x 128, v6e two of 256 x 256 that take two rows a cycle, half empty at 128.
 TILE_CYCLES = {"v5e": 32, "v5p": 32, "v6e": 16}
+# Cycles that all arrays of a core together take for one push of 16 rows of bfloat16. On v5e schedules of transposed
+# products are shorter than that (8,780 bundles for 2,560 pushes): the arrays make the core wait.
+PUSH_CYCLES = 4
 # Block sizes (queries, keys, keys at a time) in which splash attention was fastest here, and whether its backward pass
 # is one kernel or two.
 SPLASH = (((1024, 1024, 512), False), ((1024, 1024, 512), True), ((1024, 1024, 1024), False))
@@ -39,7 +42,7 @@ class KernelFigures:
 
     Attributes:
         op: what it computes. kernel: whose, and its block sizes.
-        tile_bundles: bundles per product of 128 x 128 x 128, in the region for pairs of blocks that are not masked.
+        tile_cycles: cycles per product of 128 x 128 x 128, in the region for pairs of blocks that are not masked.
         peak_share: of the matrix unit's peak at this head size, in that region; None where the peak is not known.
         cycles: for one head, estimated.
         spills: vector registers written to memory in that region.
@@ -47,7 +50,7 @@ class KernelFigures:
 
     op: str
     kernel: str
-    tile_bundles: float
+    tile_cycles: float
     peak_share: float | None
     cycles: float
     spills: int
@@ -141,14 +144,19 @@ def _figures(
     working = [region for region in regions if region.matmuls]
     plain = working[-1:] if len(visits) == 3 else working
     tiles = products * blocks.block_q * blocks.block_kv / TILE**2
-    tile_bundles = sum(region.bundles for region in plain) / tiles
+    tile_cycles = sum(map(_cycles, plain)) / tiles
     steps = sum(visits) if len(visits) == 3 else visits[0]
-    cycles = sum(region.bundles * times for region, times in zip(working, visits, strict=True))
+    cycles = sum(_cycles(region) * times for region, times in zip(working, visits, strict=True))
     for region in regions:
         if not region.matmuls:
             cycles += region.bundles * (steps if region.loops else blocks.counts[0])
-    share = None if peak is None else peak / tile_bundles
-    return KernelFigures(op, kernel, tile_bundles, share, float(cycles), sum(region.spills for region in plain))
+    share = None if peak is None else peak / tile_cycles
+    return KernelFigures(op, kernel, tile_cycles, share, float(cycles), sum(region.spills for region in plain))
+
+
+def _cycles(region: Region) -> int:
+    """Bundles of a region, or what the matrix unit takes for its products if that is longer."""
+    return max(region.bundles, PUSH_CYCLES * region.matmuls.get("bf16", 0))
 
 
 def attention_on_cpu(tokens: int = 2048) -> Iterator[Seconds]:

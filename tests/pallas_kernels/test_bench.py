@@ -23,9 +23,14 @@ def test_cycles_are_bundles_times_how_often_they_run():
     regions = [loop, begin, diagonal, partly, plain]
     figures = bench._figures("op", "ours", regions, [4, 0, 6], blocks, 2, peak=100)
     assert figures.cycles == 4 * 100 + 6 * 300 + 10 * 10 + 4 * 5
-    assert figures.tile_bundles == 300 / 2
+    assert figures.tile_cycles == 300 / 2
     assert figures.peak_share == 100 / 150
     assert figures.spills == 2
+
+
+def test_no_product_is_faster_than_the_matrix_unit():
+    region = Region(1, bundles=100, loops=False, matmuls={"bf16": 64}, spills=0, fills=0)
+    assert bench._figures("op", "peer", [region], [3], Blocks(128, 128, 128, 128), 2, peak=None).cycles == 3 * 64 * 4
 
 
 def test_our_visits_are_the_pairs_on_and_below_the_diagonal():

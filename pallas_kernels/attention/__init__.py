@@ -10,7 +10,8 @@ from meshloom.pallas_kernels.attention.kernel import Kernel, Scoring, row_produc
 from meshloom.pallas_kernels.attention.paged import paged_attention_chunked
 from meshloom.pallas_kernels.attention.reference import paged_attention_reference
 from meshloom.pallas_kernels.attention.spec import AttentionSpec, KVPages, Mask, PagedSpec, Ragged, check_heads
-from meshloom.pallas_kernels.dispatch import Implementation, Target, select
+from meshloom.pallas_kernels.attention.spread import over_mesh
+from meshloom.pallas_kernels.dispatch import Implementation, Target, may_be_spread, select
 
 __all__ = ["KVPages", "Mask", "Ragged", "attention", "paged_attention"]
 
@@ -18,7 +19,7 @@ __all__ = ["KVPages", "Mask", "Ragged", "attention", "paged_attention"]
 ATTENTION = (
     Implementation(
         "mosaic_tpu",
-        Kernel(mosaic_tpu.forward, mosaic_tpu_backward.backward),
+        Kernel(mosaic_tpu.forward, mosaic_tpu_backward.backward, by_xla=False),
         lambda spec, target: mosaic_tpu.why_not(spec, target) or mosaic_tpu_backward.why_not(spec),
     ),
     Implementation("chunked", Kernel(chunked.forward, chunked.backward), lambda spec, target: None),
@@ -27,7 +28,7 @@ ATTENTION = (
 PAGED_ATTENTION = (
     Implementation(
         "mosaic_tpu",
-        Kernel(mosaic_tpu.forward, mosaic_tpu_backward.backward),
+        Kernel(mosaic_tpu.forward, mosaic_tpu_backward.backward, by_xla=False),
         lambda spec, target: mosaic_tpu.why_not(spec, target) or mosaic_tpu_backward.why_not(spec),
     ),
     Implementation("chunked", paged_attention_chunked, lambda spec, target: None),
@@ -65,6 +66,8 @@ def attention(
     bias_shape = None if bias is None else bias.shape
     spec = AttentionSpec(q.shape, k.shape, v.shape[-1], str(q.dtype), bias_shape, mask)
     kernel = select("attention", ATTENTION, spec, Target.of_mesh(), implementation).run
+    if may_be_spread() and not kernel.by_xla:
+        kernel = over_mesh(kernel)
     scoring = Scoring(q.shape[-1] ** -0.5 if scale is None else scale, soft_cap)
     return _attend(kernel, scoring, q, k, v, bias, sinks, mask)
 

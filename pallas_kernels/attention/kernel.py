@@ -41,11 +41,13 @@ class Kernel:
             may read no key are zeros, their lse is MASKED.
         backward: (q, k, v, bias, mask, scoring, lse, delta, d_out, dtype) -> (dq, dk, dv, dbias), the first three in
             `dtype`; `delta` f32 [B, N, T] is `row_products(out, d_out)`; dbias f32 is None where bias is.
+        by_xla: whether XLA can split it over the devices of a mesh.
     Parts that will be added up want `dtype` float32.
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
+    by_xla: bool = True
 
 
 def row_products(out: Float[Array, "B T N Hv"], d_out: Float[Array, "B T N Hv"]) -> Float[Array, "B N T"]:

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from meshloom.pallas_kernels.attention import spread
 from meshloom.pallas_kernels.attention.kernel import MASKED, Scoring
 from meshloom.pallas_kernels.attention.spec import AttentionSpec, Mask
 from meshloom.pallas_kernels.attention.visits import ACTIVE, FIRST, LAST, MASKED_IN_PART, Blocks
@@ -39,11 +40,9 @@ def why_not(spec: AttentionSpec, target: Target) -> str | None:
     """The reason this kernel cannot run, or None."""
     if target.platform != "tpu":
         return f"it runs on TPUs, not on {target.platform or 'a device that no mesh in scope names'}"
-    if may_be_spread():
-        return "XLA does not split kernels: call it inside shard_map"
     if spec.bias_shape is not None:
         return "it has no additive bias"
-    return None
+    return spread.why_not(spec) if may_be_spread() else None
 
 
 def blocks_of(q_total: int, kv_total: int, block_q: int, block_kv: int) -> Blocks:

@@ -1,7 +1,9 @@
 """The TPU's attention kernels mean what the reference says: interpreted, simulated with races, compiled for chips."""
 
+import dataclasses
 import functools
 import importlib.util
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +13,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from meshloom.core.ahead import target_devices
-from meshloom.core.topology import make_mesh, parse_devices
+from meshloom.core.topology import make_mesh, parse_devices, parse_mesh
 from meshloom.pallas_kernels import Mask, attention
-from meshloom.pallas_kernels.attention import ATTENTION, mosaic_tpu, mosaic_tpu_backward, reference
+from meshloom.pallas_kernels.attention import ATTENTION, chunked, mosaic_tpu, mosaic_tpu_backward, reference, spread
 from meshloom.pallas_kernels.attention.cases import ATTENTION_CASES, AttentionCase
-from meshloom.pallas_kernels.attention.kernel import row_products
+from meshloom.pallas_kernels.attention.kernel import Kernel, row_products
 from meshloom.pallas_kernels.attention.spec import AttentionSpec
+from meshloom.pallas_kernels.attention.spread import over_mesh
 from meshloom.pallas_kernels.dispatch import Target, explain
 
 needs_tpu_compiler = pytest.mark.skipif(
@@ -81,12 +84,12 @@ def test_two_runs_are_bitwise_the_same(small_blocks, monkeypatch):
         np.testing.assert_array_equal(one, two)
 
 
-def compiled_for(chip: str, case: AttentionCase):
-    """The gradient of `attention`, compiled for one chip: what was chosen there is what is in the program."""
+def compiled_for(chip: str, case: AttentionCase, axes: str = "fsdp=1"):
+    """The gradient of `attention`, compiled for chips: what was chosen there is what is in the program."""
     where = parse_devices(chip)
-    mesh = make_mesh({"fsdp": 1}, target_devices(where)[:1])
-    whole = jax.NamedSharding(mesh, jax.P())
-    q, k, v, mask = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), case.arrays())
+    mesh = make_mesh(axes, target_devices(where)[: math.prod(parse_mesh(axes).values())])
+    by_rows = jax.NamedSharding(mesh, jax.P("fsdp"))
+    q, k, v, mask = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_rows), case.arrays())
 
     def loss(q, k, v, mask):
         return jnp.sum(attention(q, k, v, mask=mask, soft_cap=case.soft_cap).astype(jnp.float32))
@@ -127,5 +130,32 @@ def test_the_table_says_why_not():
     assert "it runs on TPUs, not on cpu" in reason(Target("cpu", "cpu"), **plain)
     assert "no additive bias" in reason(on_tpu, bias_shape=(1, 8, 4096, 4096), mask=Mask())
     assert "takes 536,870,912 bytes" in reason(on_tpu, **plain, q_shape=(1, 2**20, 8, 128))
-    with jax.set_mesh(make_mesh("fsdp=8")):
-        assert "shard_map" in reason(on_tpu, **plain)
+    with jax.set_mesh(make_mesh("fsdp=4,tensor=2")):
+        assert "1 rows of the batch do not divide over 4 devices" in reason(on_tpu, **plain)
+        assert reason(on_tpu, **plain, q_shape=(4, 4096, 8, 128)) is None
+        assert "1 kv heads do not divide over 2" in reason(
+            on_tpu, **plain, q_shape=(4, 4096, 8, 128), kv_shape=(4, 4096, 1, 128)
+        )
+    with jax.set_mesh(make_mesh("context=8")):
+        assert "context axis" in reason(on_tpu, **plain)
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=2", "data=2,fsdp=2,tensor=2", "fsdp=2,expert=2,tensor=2", "tensor=2"])
+@pytest.mark.parametrize("name", ["segments_window_cap", "bidirectional_lens", "offset_window"])
+def test_a_kernel_over_a_mesh_is_the_kernel(mesh, name, monkeypatch):
+    case = dataclasses.replace(next(case for case in CASES if case.name == name), batch=4, q_len=24, kv_len=24)
+    case = dataclasses.replace(case, lens=None if case.lens is None else (5, 24, 0, 9))
+    kernel = Kernel(chunked.forward, chunked.backward)
+    axes = parse_mesh(mesh)
+    with jax.set_mesh(make_mesh(axes, jax.devices()[: math.prod(axes.values())])):
+        assert spread.why_not(AttentionSpec((4, 24, 4, 16), (4, 24, 2, 16), 16, "float32", None, Mask())) is None
+        got = passes(over_mesh(kernel), case)
+    assert_close(case, got)
+
+
+@needs_tpu_compiler
+def test_on_a_mesh_of_tpus_the_kernels_run_on_each_ones_heads(small_blocks):
+    sizes = {"batch": 4, "heads": 8, "kv_heads": 4, "head_dim": 128, "value_dim": 128}
+    text = compiled_for("v5e:2x4", AttentionCase("mesh", **sizes, **EVERYTHING | {"lens": None}), "fsdp=4,tensor=2")
+    assert "attention_backward" in text
+    assert "bf16[1,4,512,128]" in text  # one row, half of the heads

@@ -3,17 +3,30 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from meshloom.pallas_kernels.attention import chunked, mosaic_tpu, mosaic_tpu_backward, reference
+from meshloom.pallas_kernels.attention import chunked, mosaic_tpu, mosaic_tpu_backward, paged_mosaic_tpu, reference
 from meshloom.pallas_kernels.attention.kernel import Kernel, Scoring, row_products, sinks_gradient, with_sinks
-from meshloom.pallas_kernels.attention.paged import paged_attention_chunked
-from meshloom.pallas_kernels.attention.reference import paged_attention_reference
-from meshloom.pallas_kernels.attention.spec import AttentionSpec, KVPages, Mask, PagedSpec, Ragged, check_heads
+from meshloom.pallas_kernels.attention.paged import PagedScoring, paged_attention_chunked, paged_partials_chunked
+from meshloom.pallas_kernels.attention.paged_split import merged, merged_over
+from meshloom.pallas_kernels.attention.pages import KVPages, PagePart, Ragged
+from meshloom.pallas_kernels.attention.reference import paged_attention_reference, paged_partials_reference
+from meshloom.pallas_kernels.attention.spec import AttentionSpec, Mask, PagedSpec, check_heads
 from meshloom.pallas_kernels.attention.spread import over_mesh
 from meshloom.pallas_kernels.dispatch import Implementation, Target, may_be_spread, select
 
-__all__ = ["KVPages", "Mask", "Ragged", "attention", "paged_attention"]
+__all__ = [
+    "KVPages",
+    "Mask",
+    "PagePart",
+    "Ragged",
+    "attention",
+    "merged",
+    "merged_over",
+    "paged_attention",
+    "paged_attention_part",
+]
 
 
 ATTENTION = (
@@ -26,13 +39,13 @@ ATTENTION = (
     Implementation("reference", Kernel(reference.forward, reference.backward), lambda spec, target: None),
 )
 PAGED_ATTENTION = (
-    Implementation(
-        "mosaic_tpu",
-        Kernel(mosaic_tpu.forward, mosaic_tpu_backward.backward, by_xla=False),
-        lambda spec, target: mosaic_tpu.why_not(spec, target) or mosaic_tpu_backward.why_not(spec),
-    ),
+    Implementation("mosaic_tpu", paged_mosaic_tpu.paged_attention_mosaic_tpu, paged_mosaic_tpu.why_not),
     Implementation("chunked", paged_attention_chunked, lambda spec, target: None),
     Implementation("reference", paged_attention_reference, lambda spec, target: None),
+)
+PAGED_PARTIALS = (
+    Implementation("chunked", paged_partials_chunked, lambda spec, target: None),
+    Implementation("reference", paged_partials_reference, lambda spec, target: None),
 )
 
 
@@ -107,6 +120,7 @@ def paged_attention(
     scale: float | None = None,
     soft_cap: float | None = None,
     distance_bias: Float[Array, "N D"] | None = None,
+    sinks: Float[Array, "N"] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "T N H"], KVPages]:
     """Causal attention of a ragged step over a paged cache; this step's keys and values are written first.
@@ -115,14 +129,62 @@ def paged_attention(
         pages, ragged: the cache and where each row's sequence lies in it.
         window: only the last `window` keys, itself included.
         distance_bias: added to the score of the key `d` tokens back, d clipped to D - 1 (T5's relative positions).
-        scale, soft_cap, implementation: as in `attention`.
+        scale, soft_cap, sinks, implementation: as in `attention`.
     Returns:
         Output rows in q's dtype, and the updated cache (in place when it was donated).
     Source: Kwon et al. 2023, PagedAttention, section 4; Sarathi-Serve (2024) for mixed prefill and decode rows.
+    Raises MeshloomError when N is not a multiple of K, or the requested implementation declines.
     """
+    scoring = PagedScoring(q.shape[-1] ** -0.5 if scale is None else scale, window, soft_cap, distance_bias)
+    chosen = select(
+        "paged_attention", PAGED_ATTENTION, _spec(q, k, pages, ragged, scoring), Target.of_mesh(), implementation
+    )
+    pages = pages.write(k, v, ragged)
+    return chosen.run(q, pages, ragged, scoring, sinks), pages
+
+
+def paged_attention_part(
+    q: Float[Array, "T N H"],
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    pages: KVPages,
+    ragged: Ragged,
+    part: PagePart,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    distance_bias: Float[Array, "N D"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "T N H"], Float[Array, "N T"], KVPages]:
+    """`paged_attention` over one part of each sequence's pages: all rows, and the keys that this part holds.
+
+    Args:
+        pages, part: this part's own cache, and which pages of each sequence it has; `ragged.page_table` is not read.
+        others: as in `paged_attention`. Sinks belong to the whole: see `merged` and `merged_over`.
+    Returns:
+        out and lse, float32, for `merged` or `merged_over`; rows that read no key of this part have zeros and a lse
+        of MASKED. The cache with those of this step's rows that fall into its pages.
+    Raises MeshloomError as `paged_attention`.
+    """
+    scoring = PagedScoring(q.shape[-1] ** -0.5 if scale is None else scale, window, soft_cap, distance_bias)
+    spec = _spec(q, k, pages, ragged, scoring)
+    chosen = select("paged_attention_part", PAGED_PARTIALS, spec, Target.of_mesh(), implementation)
+    pages = pages.write(k, v, ragged, part)
+    return *chosen.run(q, pages, ragged, part, scoring, jnp.float32), pages
+
+
+def _spec(q, k, pages: KVPages, ragged: Ragged, scoring: PagedScoring) -> PagedSpec:
     check_heads(q.shape[1], k.shape[1])
-    spec = PagedSpec(q.shape, pages.k.shape, ragged.kv_lens.size, str(q.dtype), window)
-    chosen = select("paged_attention", PAGED_ATTENTION, spec, Target.of_mesh(), implementation)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    options = {"window": window, "scale": scale, "soft_cap": soft_cap, "distance_bias": distance_bias}
-    return chosen.run(q, k, v, pages, ragged, **options)
+    sequences, width = ragged.page_table.shape
+    return PagedSpec(
+        q_shape=q.shape,
+        kv_heads=k.shape[1],
+        pages_shape=pages.k.shape,
+        element=pages.element,
+        sequences=sequences,
+        table_width=width,
+        dtype=str(q.dtype),
+        window=scoring.window,
+        distance_bias=scoring.distance_bias is not None,
+    )

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from meshloom.pallas_kernels.attention.kernel import MASKED, Scoring
-from meshloom.pallas_kernels.attention.spec import KVPages, Mask, Ragged, soft_capped
+from meshloom.pallas_kernels.attention.paged import PagedScoring, whole
+from meshloom.pallas_kernels.attention.pages import KVPages, PagePart, Ragged
+from meshloom.pallas_kernels.attention.spec import Mask, soft_capped
 
 
 def _weights(q, k, bias, mask: Mask, scoring: Scoring):
@@ -86,34 +88,36 @@ def backward(
 
 
 def paged_attention_reference(
-    q: Float[Array, "T N H"],
-    k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
-    pages: KVPages,
-    ragged: Ragged,
-    *,
-    window: int | None,
-    scale: float,
-    soft_cap: float | None,
-    distance_bias: Float[Array, "N D"] | None,
-) -> tuple[Float[Array, "T N H"], KVPages]:
-    """Writes k and v, gathers every row's whole sequence from its pages, and attends causally in float32."""
-    rows, group = q.shape[0], q.shape[1] // k.shape[1]
-    pages = pages.write(k, v, ragged)
-    table = ragged.page_table[ragged.sequence_of(rows)]
+    q: Float[Array, "T N H"], pages: KVPages, ragged: Ragged, scoring: PagedScoring, sinks: Float[Array, "N"] | None
+) -> Float[Array, "T N H"]:
+    """All pages as one part."""
+    return whole(paged_partials_reference, q, pages, ragged, scoring, sinks)
+
+
+def paged_partials_reference(
+    q: Float[Array, "T N H"], pages: KVPages, ragged: Ragged, part: PagePart | None, scoring: PagedScoring, dtype: Any
+) -> tuple[Float[Array, "T N H"], Float[Array, "N T"]]:
+    """Gathers every row's pages, dequantizes them and attends causally in float32."""
+    rows, sequence = q.shape[0], ragged.sequence_of(q.shape[0])
+    table = ragged.page_table if part is None else part.page_table
+    index = jnp.broadcast_to(jnp.arange(table.shape[1]), table.shape) if part is None else part.index
+    key_position = (index[sequence][..., None] * pages.page_size + jnp.arange(pages.page_size)).reshape(rows, -1)
     keys, values = (
-        jnp.repeat(x[table].reshape(rows, -1, *x.shape[-2:]).astype(jnp.float32), group, axis=2)
-        for x in (pages.k, pages.v)
+        jnp.repeat(x, q.shape[1] // x.shape[2], axis=2) for x in pages.gather(table[sequence]).dequantized()
     )
-    scores = soft_capped(jnp.einsum("tnh,tsnh->nts", q.astype(jnp.float32), keys) * scale, soft_cap)
-    distance = ragged.positions(rows)[:, None] - jnp.arange(keys.shape[1])[None, :]
-    if distance_bias is not None:
-        scores += distance_bias[:, jnp.clip(distance, 0, distance_bias.shape[1] - 1)]
-    allowed = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    distance = ragged.positions(rows)[:, None] - key_position
+    allowed = (distance >= 0) & (key_position >= 0)
+    if scoring.window is not None:
+        allowed &= distance < scoring.window
+    scores = soft_capped(jnp.einsum("tnh,tsnh->nts", q.astype(jnp.float32), keys) * scoring.scale, scoring.soft_cap)
+    if scoring.distance_bias is not None:
+        scores += scoring.distance_bias[:, jnp.clip(distance, 0, scoring.distance_bias.shape[1] - 1)]
     scores = jnp.where(allowed, scores, -jnp.inf)
-    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-    weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    top = jnp.max(scores, axis=-1, keepdims=True, initial=MASKED)
+    weights = jnp.exp(scores - top)
+    norm = jnp.sum(weights, axis=-1, keepdims=True)
+    safe = jnp.where(norm == 0, 1.0, norm)
     # Keys past a sequence's end may hold anything that was in the page; a weight of exactly zero must not turn it
     # into NaN.
     values = jnp.where(allowed[:, :, None, None], values, 0.0)
-    return jnp.einsum("nts,tsnh->tnh", weights, values).astype(q.dtype), pages
+    return jnp.einsum("nts,tsnh->tnh", weights / safe, values).astype(dtype), (top + jnp.log(safe))[..., 0]

@@ -1,4 +1,4 @@
-"""The words of attention: masks, ragged steps and paged caches, as data.
+"""The words of attention as data: masks, and the facts that choose an implementation. Caches are in pages.py.
 
 Shape legend: B batch, T query length (or token rows of a ragged step), S kv length (or sequences of a ragged step), N
     heads, K kv heads, G = N / K, H head dim, P pages, W pages per sequence.
@@ -73,76 +73,6 @@ class Mask:
         return table
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Ragged:
-    """One step over a paged cache: rows of several sequences, one after the other, some of many rows and some of one.
-
-    Attributes:
-        kv_lens: length of each sequence after this step's rows are written; 0 for padding sequences.
-        page_table: pages of each sequence, in order.
-        cu_q_lens: rows of sequence s are cu_q_lens[s] : cu_q_lens[s + 1]; padding entries repeat the total.
-        num_seqs: sequences in this step. Each has at least one row, so T rows hold at most T sequences.
-    Rows from cu_q_lens[num_seqs] on are padding: they are written nowhere and their output is finite and meaningless.
-    """
-
-    kv_lens: Int[Array, "S"] | Leaf
-    page_table: Int[Array, "S W"] | Leaf
-    cu_q_lens: Int[Array, "S_plus_1"] | Leaf
-    num_seqs: Int[Array, ""] | Leaf
-
-    def sequence_of(self, rows: int) -> Int[Array, "T"]:
-        """The sequence that each of the first `rows` rows belongs to (clipped for padding rows)."""
-        sequence = jnp.searchsorted(self.cu_q_lens, jnp.arange(rows, dtype=jnp.int32), side="right") - 1
-        return jnp.clip(sequence, 0, self.kv_lens.size - 1).astype(jnp.int32)
-
-    def positions(self, rows: int) -> Int[Array, "T"]:
-        """Position of each row in its sequence, in tokens; 0 for padding rows."""
-        sequence = self.sequence_of(rows)
-        row = jnp.arange(rows, dtype=jnp.int32)
-        position = self.kv_lens[sequence] - (self.cu_q_lens[sequence + 1] - row)
-        return jnp.where(row < self.total, position, 0)
-
-    @property
-    def total(self) -> Int[Array, ""]:
-        """Rows that are not padding."""
-        return self.cu_q_lens[self.num_seqs]
-
-    @property
-    def capacity(self) -> int:
-        """Pages that one sequence's row of the page table can hold."""
-        return self.page_table.shape[1]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVPages:
-    """One layer's share of the paged cache: keys and values in pages of `page_size` tokens."""
-
-    k: Float[Array, "*L P page K H"] | Leaf
-    v: Float[Array, "*L P page K H"] | Leaf
-
-    @classmethod
-    def zeros(cls, num_pages: int, page_size: int, n_kv_heads: int, head_dim: int, dtype) -> "KVPages":
-        """A fresh cache of `num_pages` pages of `page_size` tokens."""
-        shape = (num_pages, page_size, n_kv_heads, head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-    def write(self, k: Float[Array, "T K H"], v: Float[Array, "T K H"], ragged: Ragged) -> "KVPages":
-        """Stores this step's rows at their positions; padding rows are dropped. In place when the cache is donated."""
-        num_pages, page_size, n_kv_heads, head_dim = self.k.shape
-        rows = k.shape[0]
-        position, sequence = ragged.positions(rows), ragged.sequence_of(rows)
-        slot = ragged.page_table[sequence, position // page_size] * page_size + position % page_size
-        slot = jnp.where(jnp.arange(rows) < ragged.total, slot, num_pages * page_size)
-
-        def put(pages, values):
-            flat = pages.reshape(num_pages * page_size, n_kv_heads, head_dim)
-            return flat.at[slot].set(values.astype(pages.dtype), mode="drop").reshape(pages.shape)
-
-        return KVPages(put(self.k, k), put(self.v, v))
-
-
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
     """The static facts of one `attention` call, for choosing an implementation.
@@ -161,13 +91,23 @@ class AttentionSpec:
 
 @dataclasses.dataclass(frozen=True)
 class PagedSpec:
-    """The static facts of one `paged_attention` call, for choosing an implementation."""
+    """The static facts of one `paged_attention` call, for choosing an implementation.
+
+    Attributes:
+        pages_shape: of the keys, [P, page, Kb, H]. element: of the cache, see KVPages.
+        sequences, table_width: rows and columns of the page table.
+        distance_bias: whether scores get one.
+    """
 
     q_shape: tuple[int, ...]
+    kv_heads: int
     pages_shape: tuple[int, ...]
+    element: str
     sequences: int
+    table_width: int
     dtype: str
     window: int | None
+    distance_bias: bool
 
 
 def check_heads(n_heads: int, n_kv_heads: int) -> int:

@@ -44,7 +44,8 @@ class Blocks:
         q_blocks, kv_blocks = self.counts
         pairs = np.asarray([(i, j) for i in range(q_blocks) for j in range(kv_blocks)], np.int32)
         if mask.offset is None:
-            pairs = pairs[self._in_reach(*pairs.T, mask, self.kv_total - self.q_total)]
+            i, j = pairs.T
+            pairs = pairs[self._in_reach(i, j, mask, self.kv_total - self.q_total)]
         return pairs if len(pairs) else np.zeros((1, 2), np.int32)
 
     def _in_reach(self, i: Any, j: Any, mask: Mask, offset: Any) -> Any:

@@ -1,0 +1,159 @@
+"""The TPU kernel over pages: interpreted against the reference, raced, and compiled for every TPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import NamedSharding, PartitionSpec
+
+from meshloom.core.ahead import compiler_missing, target_devices
+from meshloom.core.topology import make_mesh, parse_devices
+from meshloom.pallas_kernels import KVPages, Ragged, paged_attention
+from meshloom.pallas_kernels.attention import PAGED_ATTENTION, paged_mosaic_tpu
+from meshloom.pallas_kernels.attention.paged import PagedScoring
+from meshloom.pallas_kernels.attention.paged_cases import PagedCase
+from meshloom.pallas_kernels.attention.paged_mosaic_tpu import paged_attention_mosaic_tpu
+from meshloom.pallas_kernels.attention.reference import paged_attention_reference
+from meshloom.pallas_kernels.attention.spec import PagedSpec
+from meshloom.pallas_kernels.dispatch import Target, explain
+
+TPUS = ("v5e:1x1", "v5p:1x1x1", "v6e:1x1", "tpu7x:1x1x1")
+# Decode, a prefill of three tiles, decode at the end of a page and of a block, and a prefill that starts inside a page.
+MIXED = PagedCase((5, 21, 256, 70), (1, 21, 1, 9), page_size=64, unwritten=float("nan"))
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Blocks of 128 keys and tiles of 8 tokens, so that small cases have several of each."""
+    monkeypatch.setattr(paged_mosaic_tpu, "_BLOCK_ROWS", 256)
+    monkeypatch.setattr(paged_mosaic_tpu, "_TILE_ROWS", 16)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The kernel as XLA's CPU computes its meaning, without copies and semaphores."""
+    monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
+
+
+def assert_right(case: PagedCase, tolerance: float = 2e-5, sinks: bool = False, **options):
+    """The kernel's rows are those of the reference, which computes in float32, and zeros behind."""
+    q, k, v, pages, ragged = case.step()
+    pages = jax.jit(KVPages.write)(pages, k, v, ragged)
+    scoring = PagedScoring(case.head_dim**-0.5, **options)
+    values = jnp.linspace(-2, 2, case.heads) if sinks else None
+    exact = jax.jit(lambda q, pages: paged_attention_reference(q, pages, ragged, scoring, values))
+    got = jax.jit(lambda q, pages, ragged: paged_attention_mosaic_tpu(q, pages, ragged, scoring, values))
+    rows, got = sum(case.counts), np.asarray(got(q, pages, ragged), np.float32)
+    np.testing.assert_allclose(got[:rows], exact(q.astype(jnp.float32), pages)[:rows], atol=tolerance)
+    assert np.all(got[rows:] == 0)
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        (MIXED, {"window": 33, "soft_cap": 3.0, "sinks": True}),
+        (PagedCase((130, 40), (1, 9), element="int8", page_size=64), {}),
+    ],
+    ids=["window_cap_sinks", "int8"],
+)
+def test_no_race_no_unwritten_memory_and_nothing_out_of_bounds(case, options):
+    # Fast memory holds NaN until it is written, and a DMA runs as late as its semaphores allow.
+    simulated = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
+    with pltpu.force_tpu_interpret_mode(simulated):
+        assert_right(case, **options)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_heads_that_are_wide_and_no_power_of_two():
+    assert_right(PagedCase((130, 40), (1, 9), heads=3, kv_heads=3, page_size=128, head_dim=256))
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_bfloat16_over_float8_errs_as_bfloat16_does():
+    # Weights and results are rounded to 8 bits: one part in 256 each, of values up to about 3.
+    assert_right(PagedCase((130, 40), (1, 9), element="float8_e4m3fn", dtype="bfloat16", page_size=64), 2 * 3 / 256)
+
+
+@functools.cache
+def compiled_kernel():
+    scoring = PagedScoring(0.25)
+    return (
+        jax.jit(lambda q, pages, ragged: paged_attention_mosaic_tpu(q, pages, ragged, scoring, None)),
+        jax.jit(lambda q, pages, ragged: paged_attention_reference(q, pages, ragged, scoring, None)),
+    )
+
+
+@pytest.mark.usefixtures("interpreted")
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_lengths(data):
+    """One program for all mixes of decode, prefill and padding sequences over up to 192 keys."""
+    run, exact = compiled_kernel()
+    rng = np.random.default_rng(data.draw(st.integers(0, 9)))
+    lengths = data.draw(
+        st.lists(st.sampled_from([1, 63, 64, 65, 127, 128, 129, 192]) | st.integers(1, 192), max_size=4)
+    )
+    counts = [data.draw(st.just(1) | st.integers(1, min(n, 20))) for n in lengths]
+    kv_lens, cu = np.zeros(4, np.int32), np.full(5, sum(counts), np.int32)
+    kv_lens[: len(lengths)], cu[: len(lengths) + 1] = lengths, np.cumsum([0, *counts])
+    table = rng.permutation(16)[:12].reshape(4, 3).astype(np.int32)
+    ragged = Ragged(*map(jnp.asarray, (kv_lens, table, cu, np.int32(len(lengths)))))
+    q, k, v = (jnp.asarray(rng.normal(size=(*shape, 16)), jnp.float32) for shape in ((80, 4), (16, 64, 2), (16, 64, 2)))
+    pages = KVPages(k, v)
+    got = np.asarray(run(q, pages, ragged))
+    np.testing.assert_allclose(got[: cu[-1]], np.asarray(exact(q, pages, ragged))[: cu[-1]], atol=2e-5)
+    assert np.all(got[cu[-1] :] == 0)
+    np.testing.assert_array_equal(got, run(q, pages, ragged))
+
+
+@pytest.mark.parametrize("name", TPUS)
+def test_it_is_chosen_compiled_and_copies_no_cache(name, monkeypatch):
+    monkeypatch.undo()
+    devices = parse_devices(name)
+    if (missing := compiler_missing(devices)) is not None:
+        pytest.skip(missing)
+    mesh = make_mesh("data=1", target_devices(devices)[:1])
+    # int8 and float8 on those that have served long and new ones alike.
+    element = {"v5e": "int8", "v6e": "float8_e4m3fn"}.get(devices.platform, "bfloat16")
+
+    def placed(tree):
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tree)
+
+    def arguments():
+        q, kv = jnp.zeros((64, 32, 128), jnp.bfloat16), jnp.zeros((64, 8, 128), jnp.bfloat16)
+        lengths = jnp.zeros(64, jnp.int32), jnp.zeros((64, 64), jnp.int32), jnp.zeros(65, jnp.int32), jnp.int32(0)
+        return q, kv, kv, KVPages.zeros(1024, 16, 8, 128, element), Ragged(*lengths)
+
+    args = placed(jax.eval_shape(arguments))
+    run = functools.partial(paged_attention, window=4096, soft_cap=30.0)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(run, donate_argnums=3).lower(*args).compile()
+    assert "tpu_custom_call" in compiled.as_text()
+    memory, cache = compiled.memory_analysis(), jax.tree.leaves(args[3])
+    assert memory.alias_size_in_bytes == sum(x.size * x.dtype.itemsize for x in cache)
+    assert memory.temp_size_in_bytes < cache[0].size * cache[0].dtype.itemsize / 8
+
+
+def test_what_it_declines_is_said():
+    def reasons(target: Target, **changes) -> str | None:
+        facts = {"q_shape": (64, 32, 128), "kv_heads": 8, "pages_shape": (9, 16, 8, 128), "element": "bfloat16"}
+        facts |= {"sequences": 64, "table_width": 8, "dtype": "bfloat16", "window": None, "distance_bias": False}
+        return explain(PAGED_ATTENTION, PagedSpec(**(facts | changes)), target)[0].reason
+
+    tpu = Target("tpu", "TPU v5 lite")
+    assert reasons(tpu) is None
+    assert reasons(Target("cpu", "cpu")) == "it runs on TPUs, not on cpu"
+    assert "no mesh in scope" in str(reasons(Target()))
+    assert "gather per score" in str(reasons(tpu, distance_bias=True))
+    assert "unpacked by chunked only" in str(reasons(tpu, element="int4"))
+    assert "64 scales" in str(reasons(tpu, element="int8", pages_shape=(9, 8, 8, 128)))
+    assert "head dim 192" in str(reasons(tpu, q_shape=(64, 32, 192)))
+    with jax.set_mesh(make_mesh("fsdp=8")):
+        assert reasons(tpu) == "XLA does not split kernels: call it inside shard_map"

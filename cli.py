@@ -56,7 +56,8 @@ class Placed(Common):
     Attributes:
         dtype: type of the weights and the computation; auto is float32 on the CPU and the files' own elsewhere.
         devices: "local" is what this machine has; "cpu:8" simulates 8 devices.
-        mesh: axis sizes, as in "fsdp=4,tensor=2"; None is one device, or `plan`'s choice if --devices is given.
+        mesh: axis sizes, as in "fsdp=4,tensor=2"; "auto" is what the planner predicts to serve fastest, which may leave
+            devices out; None is one device, or auto if --devices is given.
         quantize: hold weights as int8, in a quarter of float32's memory; auto does so on a CPU for files that hold 8
             bits or less themselves.
     """
@@ -89,7 +90,14 @@ class Chat(ChatConfig, Placed, Model):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Serve(ServeConfig, Placed, Model):
-    """Serve a model over HTTP, compatible with OpenAI's API."""
+    """Serve a model over HTTP, compatible with OpenAI's API.
+
+    Attributes:
+        plan: file of `meshloom plan --requests ... --out`, which says model, devices, mesh, types and sizes of the
+            engine; none of them may then be set to something else.
+    """
+
+    plan: pathlib.Path | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,10 +126,15 @@ class Plan(Model):
         remat: what the backward pass of a training plan recomputes; None searches all policies.
         parts: parts that a step's batch is computed in; None searches all.
         candidates: how many plans to show, best first; None is 5.
-        compile: how many training plans that fit to find by compiling, best first; 0 compiles none, None is 2.
+        compile: how many plans that fit to find by compiling, best first; 0 compiles none, None is 2 of training plans
+            and none of serving plans.
         explain_cost: also print where the best training plan's time and memory go.
         chart: PNG to write, with the memory and the step time of every training plan shown.
-        out: file for the training plans, which `meshloom train --plan` follows.
+        out: file for the plans, which `meshloom train --plan` and `meshloom serve --plan` follow.
+        executable: file for the compiled step of the best training plan that fits, which `meshloom train --executable`
+            runs without compiling it.
+        train_config: TOML file of that `meshloom train --config`, whose steps, learning rate, schedule, decay, clipping
+            and betas are constants of the compiled step; None is train's defaults.
         requests: tokens in:out, as in "1024:256"; asks for a serving plan. For --cheapest several kinds with requests
             per second, as in "1024:256:2.5,128:64:20".
         slo: most seconds to the first token and per further one, as in "ttft=1,tpot=0.05".
@@ -143,6 +156,8 @@ class Plan(Model):
     explain_cost: bool = False
     chart: pathlib.Path | None = None
     out: pathlib.Path | None = None
+    executable: pathlib.Path | None = None
+    train_config: pathlib.Path | None = None
     requests: str | None = None
     slo: str | None = None
     cheapest: bool = False
@@ -204,7 +219,15 @@ class BenchKernels(Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Info(Common):
-    """Print versions, devices, memory and cache folders."""
+    """Print versions, devices and their memory, and what the first device does: STREAM bandwidth, matrix products.
+
+    Attributes:
+        measure: take about 3 seconds to measure; --no-measure only looks.
+        chips: print the hardware table instead, with the source of every figure.
+    """
+
+    measure: bool = True
+    chips: bool = False
 
 
 # What is typed -> its flags. The function of `commands.py` that runs it has the same name.

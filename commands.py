@@ -5,27 +5,22 @@ A command prints for people unless `json`, and returns what `--json` prints. How
 
 import dataclasses
 import json
-import os
 import pathlib
-import platform
 import sys
 from collections.abc import Iterator
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
 
-import meshloom
 from meshloom import cli, models
-from meshloom.core.compile import cache_folder, enable_compilation_cache
+from meshloom.core.compile import enable_compilation_cache
 from meshloom.core.processes import join_processes, joined
-from meshloom.core.topology import make_mesh, use_devices
+from meshloom.core.topology import use_devices
 from meshloom.loading import load
 from meshloom.models.language_model import LanguageModel
-from meshloom.models.source import abstract, default_axes, resolve
+from meshloom.models.source import abstract, resolve
 from meshloom.serve.config import BenchServeConfig, ChatConfig, ServeConfig
 from meshloom.serve.engine import Engine
 from meshloom.serve.request import SamplingParams
@@ -40,9 +35,11 @@ def _part[T](cls: type[T], command: Any) -> T:
     return cls(**{field.name: getattr(command, field.name) for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
 
 
-def _load(command: Any) -> LanguageModel:
-    """The command's model on its devices, with compiled programs kept on disk."""
-    mesh = _mesh(command)
+def _load(command: Any, mesh: Mesh | None = None) -> LanguageModel:
+    """The command's model on a mesh, or else on its devices, with compiled programs kept on disk."""
+    from meshloom.placement import serving_mesh  # the planner is slow to import
+
+    mesh = mesh or serving_mesh(command)
     enable_compilation_cache()
     dtype = None if command.dtype == "auto" else command.dtype
     quantize = None if command.quantize == "none" else command.quantize
@@ -50,13 +47,6 @@ def _load(command: Any) -> LanguageModel:
     if lm.quantized and command.quantize == "auto":
         print("weights are held as int8 (--quantize none: as the file's numbers)", file=sys.stderr)
     return lm
-
-
-def _mesh(command: Any) -> Mesh | None:
-    if command.mesh is None and command.devices == "local":
-        return None
-    devices = use_devices(command.devices)
-    return make_mesh(command.mesh or default_axes(command.model, len(devices)), devices)
 
 
 def generate(command: cli.Generate) -> dict[str, Any]:
@@ -87,8 +77,13 @@ def chat(command: cli.Chat) -> dict[str, Any]:
 
 
 def serve(command: cli.Serve) -> None:
-    lm = _load(command)
+    from meshloom.placement import followed
     from meshloom.serve.api.server import serve
+
+    mesh = None
+    if command.plan is not None:
+        command, mesh = followed(command, command.plan)
+    lm = _load(command, mesh)
 
     def announce(ready: dict[str, Any]) -> None:
         print(json.dumps(ready), flush=True)
@@ -151,27 +146,9 @@ def bench_kernels(command: cli.BenchKernels) -> dict[str, Any]:
 
 
 def info(command: cli.Info) -> dict[str, Any]:
-    devices = jax.devices()
-    page, pages, free = (os.sysconf(name) for name in ("SC_PAGE_SIZE", "SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
-    result = {
-        "meshloom": meshloom.__version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("jax", "jaxlib", "flax")},
-        "system": platform.platform(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(page * pages / 2**30, 1),
-        "memory_free_gib": round(page * free / 2**30, 1),
-        "backend": jax.default_backend(),
-        "devices": [device.device_kind for device in devices],
-        "device_memory_gib": [
-            round((d.memory_stats() or {}).get("bytes_limit", 0) / 2**30, 1) or None for d in devices
-        ],
-        "cache": str(cache_folder()),
-        "compilation_cache": jax.config.jax_compilation_cache_dir or str(cache_folder() / "xla"),
-    }
-    if not command.json:
-        _print_values(result)
-    return result
+    from meshloom.machine import info
+
+    return info(command)
 
 
 def _print_values(values: dict[str, Any]) -> None:

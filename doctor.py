@@ -138,8 +138,8 @@ def _inside(
 
 def _roomier(where: Devices) -> Devices | None:
     """As many devices with more memory, of the same kind of compiler."""
-    chip, roomy = CHIPS[where.platform], CHIPS[_ROOMY]
-    if chip.node_devices is not None or chip.hbm_bytes >= roomy.hbm_bytes or chip.devices_per_chip > 1:
+    chip, roomy = CHIPS.get(where.platform), CHIPS[_ROOMY]
+    if chip is None or chip.node_devices is not None or chip.hbm_bytes >= roomy.hbm_bytes or chip.devices_per_chip > 1:
         return None
     devices = Devices(_ROOMY, (*where.shape, 1)[:3], where.slices)
     return devices if compiler_missing(devices) is None else None

@@ -1,47 +1,70 @@
-"""Plans put to the test: the real training step of a candidate, compiled for devices that need not be here.
+"""Plans put to the test: the real steps of a candidate, compiled for devices that need not be here.
 
-Searching is `sharding.planner`'s, the step is `train`'s, the compiler is the target's own. What this adds is the order:
-compile the best few, rank them again by what the compiler says.
+Searching is `sharding`'s, the steps are `train`'s and `serve`'s, the compiler is the target's own. What this adds is
+the order: compile the best few, rank them again by what the compiler says, and hand on the program of the best.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import math
+import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from meshloom.core.ahead import compiler_options, target_devices
+from meshloom.core.executable import Header, save_executable
 from meshloom.core.program_report import OutOfMemoryError, compile_and_report
-from meshloom.core.topology import Devices, make_mesh
+from meshloom.core.topology import Devices, make_mesh, mesh_text
 from meshloom.models.config import DecoderConfig
 from meshloom.models.source import abstract_module
+from meshloom.serve.plan import lowered_steps, prefill_tokens, replica_axes
 from meshloom.sharding import derive
-from meshloom.sharding.charts import label
+from meshloom.sharding.charts import label, serving_label
 from meshloom.sharding.planner import Candidate
-from meshloom.sharding.workload import TrainWorkload
+from meshloom.sharding.serving import ServeCandidate
+from meshloom.sharding.workload import ServeWorkload, TrainWorkload
 from meshloom.train.config import TrainConfig
 from meshloom.train.optimizer import make_optimizer, make_schedule
+from meshloom.train.plan import baked_settings
 from meshloom.train.step import abstract_batch, abstract_weights, lower_step, make_step
 
 
+@dataclasses.dataclass(frozen=True)
+class StepProgram:
+    """A training step for the devices of `mesh`: lowered, and compiled."""
+
+    lowered: jax.stages.Lowered
+    compiled: jax.stages.Compiled
+    mesh: Mesh
+
+    def save(self, path: pathlib.Path, run: TrainConfig) -> Header:
+        """Writes it for `meshloom train --executable`; `run` is the configuration that it was made with."""
+        return save_executable(path, self.compiled, self.lowered, self.mesh, baked_settings(run))
+
+
 def lowered_step(
-    config: DecoderConfig, devices: Sequence[jax.Device], candidate: Candidate, workload: TrainWorkload
+    config: DecoderConfig,
+    mesh: Mesh,
+    candidate: Candidate,
+    workload: TrainWorkload,
+    run: TrainConfig,
 ) -> jax.stages.Lowered:
-    """The training step of a candidate, ready for the compiler of `devices`.
+    """The training step of a candidate, ready for the compiler of the mesh's devices: the one that a run would take.
 
     Args:
         config: of the model; layers are scanned and recomputed as the candidate says.
+        run: learning rate, schedule and optimizer, which are constants of the program.
     """
     module = abstract_module(
         dataclasses.replace(config, scan_layers=True, remat=cast(Any, candidate.remat)),
         jnp.float32,
     )
-    run = TrainConfig()
     optimizer = make_optimizer(run, module)
-    mesh = make_mesh(candidate.mesh, list(devices))
     layout = derive(module, mesh, jax.ShapeDtypeStruct((workload.rows, workload.sequence_length), jnp.int32))
     step = make_step(module, optimizer, make_schedule(run), dtype=jnp.dtype(workload.dtype), layout=layout)
     batch = abstract_batch(layout, accumulation=candidate.parts, rows=workload.rows, length=workload.sequence_length)
@@ -56,12 +79,25 @@ def compile_candidate(
     workload: TrainWorkload,
 ) -> Candidate:
     """The candidate with the compiler's figures, or with what it would need."""
-    lowered = lowered_step(config, devices, candidate, workload)
+    return _compiled(config, where, devices, candidate, workload, TrainConfig())[0]
+
+
+def _compiled(
+    config: DecoderConfig,
+    where: Devices,
+    devices: Sequence[jax.Device],
+    candidate: Candidate,
+    workload: TrainWorkload,
+    run: TrainConfig,
+) -> tuple[Candidate, StepProgram | None]:
+    # As a run lays it out: axes of one device are not in its mesh, and would make another program.
+    mesh = make_mesh(mesh_text(candidate.mesh) or "fsdp=1", list(devices))
+    lowered = lowered_step(config, mesh, candidate, workload, run)
     try:
-        _, report = compile_and_report(lowered, candidate.mesh, compiler_options(where))
+        compiled, report = compile_and_report(lowered, dict(mesh.shape), compiler_options(where))
     except OutOfMemoryError as error:
-        return dataclasses.replace(candidate, needed_bytes=error.needed_bytes)
-    return dataclasses.replace(candidate, compiled=report, needed_bytes=None)
+        return dataclasses.replace(candidate, needed_bytes=error.needed_bytes), None
+    return dataclasses.replace(candidate, compiled=report, needed_bytes=None), StepProgram(lowered, compiled, mesh)
 
 
 def compile_best(
@@ -71,22 +107,71 @@ def compile_best(
     workload: TrainWorkload,
     wanted: int,
     console: Console,
+    *,
+    run: TrainConfig | None = None,
+    keep: Callable[[StepProgram], Any] | None = None,
 ) -> list[Candidate]:
     """The candidates, compiled in order until `wanted` of them fit; those that fit come first.
 
+    Args:
+        run: as for `lowered_step`; the defaults, if None, move as many bytes as any other.
+        keep: gets the program of the first that fits, as soon as it is compiled.
     Raises:
         ConfigError: there is no compiler for the devices here; the message says what to install.
     """
     devices = target_devices(where)
-    done: list[Candidate] = []
+    kept: list[Candidate] = []
+
+    def compile_one(candidate: Candidate) -> Candidate:
+        after, program = _compiled(config, where, devices, candidate, workload, run or TrainConfig())
+        if keep is not None and program is not None and after.fits and not kept:
+            kept.append(after)
+            keep(program)
+        return after
+
+    return _until_found(candidates, compile_one, label, wanted, console)
+
+
+def compile_best_serving(
+    config: DecoderConfig,
+    where: Devices,
+    candidates: Sequence[ServeCandidate],
+    workload: ServeWorkload,
+    wanted: int,
+    console: Console,
+) -> list[ServeCandidate]:
+    """As `compile_best`, for serving: of each candidate the steps of one replica, on its share of the devices."""
+    devices = target_devices(where)
+
+    def compile_one(candidate: ServeCandidate) -> ServeCandidate:
+        axes = replica_axes(candidate.mesh)
+        mesh = make_mesh(axes, devices[: math.prod(axes.values())])
+        reports = {}
+        for name, lowered in lowered_steps(config, mesh, candidate, workload).items():
+            try:
+                _, reports[name] = compile_and_report(lowered, dict(mesh.shape), compiler_options(where))
+            except OutOfMemoryError as error:
+                return dataclasses.replace(candidate, needed_bytes=error.needed_bytes)
+        tokens = prefill_tokens(workload.input_length)
+        return dataclasses.replace(candidate, compiled=reports, compiled_tokens=tokens)
+
+    return _until_found(candidates, compile_one, serving_label, wanted, console)
+
+
+def _until_found[T: (Candidate, ServeCandidate)](
+    candidates: Sequence[T], compile_one: Callable[[T], T], name: Callable[[T], str], wanted: int, console: Console
+) -> list[T]:
+    """The candidates, compiled in order until `wanted` of them fit; those that fit first."""
+    done: list[T] = []
     columns = SpinnerColumn(), TextColumn("compiling {task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
         task = progress.add_task("", total=wanted)
         for candidate in candidates:
-            progress.update(task, description=label(candidate))
-            done.append(compile_candidate(config, where, devices, candidate, workload))
+            progress.update(task, description=name(candidate))
+            done.append(compile_one(candidate))
             found = sum(each.fits for each in done)
             progress.update(task, completed=found)
             if found == wanted:
                 break
-    return sorted([*done, *candidates[len(done) :]], key=lambda each: not each.fits)
+    done += candidates[len(done) :]
+    return sorted(done, key=lambda each: not each.fits)

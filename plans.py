@@ -15,30 +15,29 @@ from rich.console import Console
 
 from meshloom import cli
 from meshloom.core.ahead import compiler_missing
+from meshloom.core.config import load_toml
 from meshloom.core.errors import ConfigError, ShardingError
-from meshloom.core.hardware import CHIPS
-from meshloom.core.topology import Devices, abstract_mesh, mesh_text, parse_devices
+from meshloom.core.executable import Header
+from meshloom.core.topology import Devices, abstract_mesh, measured_chip, mesh_text, parse_devices
 from meshloom.models.config import DecoderConfig
 from meshloom.models.source import abstract, abstract_module, default_axes
+from meshloom.serving_plans import purchase, serving_plan
 from meshloom.sharding import Layout, derive, explain, table
 from meshloom.sharding.charts import (
     candidate_table,
     check_chart,
     compiled_table,
     cost_table,
-    purchase_table,
     save_chart,
-    serving_table,
 )
-from meshloom.sharding.cheapest import RequestKind, Slo, cheapest
 from meshloom.sharding.explain import spec_text
 from meshloom.sharding.explain_flow import explain_flow
 from meshloom.sharding.flow import Flow, flow, strict
 from meshloom.sharding.plan_file import check_plan_path, write_plan
 from meshloom.sharding.planner import Candidate, plan_training
-from meshloom.sharding.serving import plan_serving
 from meshloom.sharding.trace import trace
-from meshloom.sharding.workload import ServeWorkload, TrainWorkload
+from meshloom.sharding.workload import TrainWorkload
+from meshloom.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from meshloom.doctor import Diagnosis
@@ -49,28 +48,21 @@ _FLAGS: Mapping[str, tuple[str, ...]] = {
     "layout": ("devices", "mesh", "explain", "strict"),
     "training plan": (
         *("devices", "mesh", "batch_tokens", "sequence_length", "remat", "parts"),
-        *("candidates", "compile", "explain_cost", "chart", "out"),
+        *("candidates", "compile", "explain_cost", "chart", "out", "executable", "train_config"),
     ),
-    "serving plan": ("devices", "requests", "slo", "candidates"),
+    "serving plan": ("devices", "requests", "slo", "candidates", "compile", "out"),
     "purchase": ("cheapest", "requests", "slo", "offers", "prices"),
 }
-# What is offered if nobody says: one host's worth of each accelerator that has a list price.
-_OFFERS = tuple(
-    f"{name}:{shape}"
-    for name, chip in CHIPS.items()
-    if chip.price_per_hour is not None and "bfloat16" in chip.flops
-    for shape in (("1", "2", "4", "8") if chip.node_devices else {2: ("1x1", "2x2", "2x4"), 3: ("2x2x1",)}[chip.torus])
-)
 
 
 def plan(command: cli.Plan) -> dict[str, Any]:
     """Makes the plan that the flags ask for."""
     if command.cheapest:
         _refuse_others(command, "purchase")
-        return _purchase(command)
+        return purchase(command)
     if command.requests is not None:
         _refuse_others(command, "serving plan")
-        return _serving(command, command.requests)
+        return serving_plan(command, command.requests)
     if command.batch_tokens is not None:
         _refuse_others(command, "training plan")
         return _training(command, command.batch_tokens)
@@ -175,19 +167,28 @@ def _training(command: cli.Plan, batch_tokens: int) -> dict[str, Any]:
     wanted = 2 if command.compile is None else command.compile
     if wanted < 0:
         raise ConfigError(f"--compile is a number of plans, 0 or more; got {wanted}")
+    run = _run_of(command, wanted, devices)
     limit = 5 if command.candidates is None else command.candidates
     if limit < 1:
         raise ConfigError(f"at least 1 plan must be asked for; got {limit}")
-    priced = plan_training(module_of, devices, workload, limit=2**31)
+    chip = measured_chip(devices)
+    if chip is not None:
+        print(f"{command.devices}: this machine's processor, measured, in {devices.count} equal parts", file=sys.stderr)
+    priced = plan_training(module_of, devices, workload, chip=chip, limit=2**31)
     asked_for = _asked_for(command, devices, priced)
     found = asked_for[:limit]
     missing, diagnosis = compiler_missing(devices), None
+    saved: list[Header] = []
     if wanted and missing is None:
         from meshloom.doctor import diagnose  # these make training steps, which are slow to import
-        from meshloom.planning import compile_best
+        from meshloom.planning import StepProgram, compile_best
+
+        def keep(program: StepProgram) -> None:
+            if command.executable is not None:
+                saved.append(program.save(command.executable, run))
 
         progress = Console(stderr=True)
-        found = compile_best(config, devices, found, workload, wanted, progress)
+        found = compile_best(config, devices, found, workload, wanted, progress, run=run, keep=keep)
         if not any(each.fits for each in found):
             diagnosis = diagnose(config, devices, found[0], priced, workload, progress)
     compiled = any(each.compiled_bytes is not None for each in found)
@@ -200,6 +201,7 @@ def _training(command: cli.Plan, batch_tokens: int) -> dict[str, Any]:
     result = {
         "model": command.model,
         "devices": command.devices,
+        "figures": "data sheet" if chip is None else "measured",
         "workload": dataclasses.asdict(workload),
         "compiled": compiled,
         "not_compiled_because": None if compiled else missing or "--compile 0",
@@ -207,9 +209,38 @@ def _training(command: cli.Plan, batch_tokens: int) -> dict[str, Any]:
     }
     if diagnosis is not None:
         result["doctor"] = diagnosis.to_json()
+    if command.executable is not None:
+        result["executable"] = str(command.executable) if saved else None
+        said = f"wrote {command.executable}" if saved else f"no plan fits: {command.executable} is not written"
+        print(said, file=sys.stderr)
     if command.out is not None:
         write_plan(command.out, result)
-    return result
+    # A command that could not write what it was asked for has failed, whatever else it found.
+    return result if command.executable is None else result | {"ok": bool(saved)}
+
+
+def _run_of(command: cli.Plan, wanted: int, devices: Devices) -> TrainConfig:
+    """The training run that a compiled step is for.
+
+    Raises:
+        ConfigError: no step would be compiled, or the run's would be another one than a plan's.
+    """
+    if command.executable is None:
+        if command.train_config is not None:
+            raise ConfigError("--train-config says what is inside the program of --executable; give both")
+        return TrainConfig()
+    if not wanted:
+        raise ConfigError("--executable is a compiled step, and --compile 0 compiles none")
+    if (missing := compiler_missing(devices)) is not None:
+        raise ConfigError(f"--executable: {missing}")
+    check_plan_path(command.executable, "executable")
+    run = TrainConfig() if command.train_config is None else load_toml(cli.Train, command.train_config)
+    for name, planned in (("dtype", ("auto", "bfloat16")), ("scan_layers", (True,))):
+        if getattr(run, name) not in planned:
+            raise ConfigError(
+                f"{command.train_config}: a plan's step has {name}={planned[-1]}; got {getattr(run, name)}"
+            )
+    return run
 
 
 def _asked_for(command: cli.Plan, devices: Devices, priced: list[Candidate]) -> list[Candidate]:
@@ -242,97 +273,3 @@ def _print_plans(command: cli.Plan, found: list[Candidate], diagnosis: "Diagnosi
     if diagnosis is not None:
         for each in diagnosis.tables():
             console.print(each)
-
-
-def _serving(command: cli.Plan, requests: str) -> dict[str, Any]:
-    (kind, *more), limit = _request_mix(requests), 5 if command.candidates is None else command.candidates
-    if more:
-        raise ConfigError(
-            f"--requests: a serving plan is for one kind of requests, --cheapest for many; got {requests!r}"
-        )
-    slo = None if command.slo is None else _slo(command.slo)
-    workload = ServeWorkload(
-        kind.input_length,
-        kind.output_length,
-        ttft_s=None if slo is None else slo.ttft_s,
-        tpot_s=None if slo is None else slo.tpot_s,
-    )
-    found = plan_serving(_served(command.model), parse_devices(command.devices), workload, limit=limit)
-    if not command.json:
-        title = f"{command.model} on {command.devices}, {kind.input_length} tokens in, {kind.output_length} out"
-        Console(width=None if sys.stdout.isatty() else 180).print(serving_table(found, title=f"{title}: predicted"))
-    return {
-        "model": command.model,
-        "devices": command.devices,
-        "workload": dataclasses.asdict(workload),
-        "compiled": False,
-        "candidates": [each.to_json() for each in found],
-    }
-
-
-def _purchase(command: cli.Plan) -> dict[str, Any]:
-    if command.requests is None or command.slo is None:
-        raise ConfigError(
-            '--cheapest needs --requests, e.g. "1024:256:2.5,128:64:20" (tokens in : out : requests per second), and '
-            '--slo, e.g. "ttft=1,tpot=0.05" (seconds)'
-        )
-    mix, slo = _request_mix(command.requests), _slo(command.slo)
-    offers = _OFFERS if command.offers is None else tuple(each.strip() for each in command.offers.split(","))
-    prices = {} if command.prices is None else _pairs("--prices", command.prices)
-    found = cheapest(_served(command.model), mix, slo, offers, prices)
-    if not command.json:
-        Console(width=None if sys.stdout.isatty() else 180).print(purchase_table(found, mix, model=command.model))
-    return {
-        "model": command.model,
-        "requests": [dataclasses.asdict(kind) for kind in mix],
-        "slo": dataclasses.asdict(slo),
-        "offers": list(offers),
-        "counts": found.counts,
-        "cost_per_hour": found.cost_per_hour,
-        "shares": list(found.shares),
-        "compiled": False,
-    }
-
-
-def _served(model: str) -> Any:
-    config, module = abstract(model, scan_layers=True)
-    if not isinstance(config, DecoderConfig):
-        raise ConfigError(f"{model} is an encoder-decoder; serving plans are for decoders")
-    return module
-
-
-def _request_mix(text: str) -> list[RequestKind]:
-    """Reads "1024:256:2.5,128:64:20"; without a rate it is one request per second."""
-    kinds = []
-    for part in text.split(","):
-        try:
-            lengths, rate = part.split(":")[:2], (part.split(":")[2:] or ["1"])
-            (rate_text,) = rate
-            kinds.append(RequestKind(int(lengths[0]), int(lengths[1]), float(rate_text)))
-        except (ValueError, IndexError) as error:
-            raise ConfigError(
-                f'--requests are "tokens in:out:requests per second", as in "1024:256:2.5,128:64:20"; got {part!r}'
-            ) from error
-    return kinds
-
-
-def _slo(text: str) -> Slo:
-    """Reads "ttft=1,tpot=0.05"."""
-    times = _pairs("--slo", text)
-    if set(times) != {"ttft", "tpot"}:
-        raise ConfigError(f'--slo is "ttft=SECONDS,tpot=SECONDS"; got {text!r}')
-    return Slo(times["ttft"], times["tpot"])
-
-
-def _pairs(flag: str, text: str) -> dict[str, float]:
-    """Reads "a=1,b=2.5", all greater than 0."""
-    found: dict[str, float] = {}
-    for part in text.split(","):
-        name, _, number = (piece.strip() for piece in part.partition("="))
-        try:
-            found[name] = float(number)
-        except ValueError:
-            raise ConfigError(f'{flag} is name=number pairs, as in "a=1,b=2.5"; got {part!r}') from None
-        if not 0 < found[name] < float("inf"):
-            raise ConfigError(f"{flag}: {name} must be greater than 0; got {number}")
-    return found

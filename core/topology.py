@@ -3,6 +3,7 @@
 Axis names are the whole runtime's vocabulary; nothing here knows what a model does with them.
 """
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -14,7 +15,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from meshloom.core.config import nearest
 from meshloom.core.errors import ConfigError, ShardingError
-from meshloom.core.hardware import CHIPS, Chip, chip_named, chip_of_kind
+from meshloom.core.hardware import CHIPS, Chip, chip_named, chip_of_kind, cpu_chip
+from meshloom.core.measure import measured_cpu
 from meshloom.core.processes import joined
 
 # Outermost first: `data` may span slow links, `tensor` must not.
@@ -158,6 +160,17 @@ def simulate_cpu_devices(count: int) -> None:
             f"JAX already runs with {running} {jax.default_backend()} device(s), too late to simulate {count}; "
             f"simulate devices before the first use of JAX, or start again with JAX_NUM_CPU_DEVICES={count}"
         )
+
+
+def measured_chip(devices: Devices) -> Chip | None:
+    """The figures of "cpu:N", measured on this machine once per process; None for others, whose are the table's."""
+    if devices.platform != "cpu":
+        return None
+    # Measuring starts JAX, and a plan may be compiled for its devices after that. Where JAX runs already, with another
+    # number of them, the processor is the same.
+    with contextlib.suppress(ConfigError):
+        simulate_cpu_devices(devices.count)
+    return cpu_chip(devices.count, measured_cpu())
 
 
 def use_devices(text: str) -> list[jax.Device]:

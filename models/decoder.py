@@ -7,6 +7,9 @@ platform and no kernel: sharding is derived from its trace, and kernels are chos
 Shape legend: B batch, T tokens, R rows whose logits are wanted, D model, V vocab.
 """
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -32,6 +35,19 @@ class Embedding(nnx.Module):
     def logits(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """x W^T in float32."""
         return matmul(x, self.weight.get_value(), out_dtype=jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unembedding:
+    """What makes logits of hidden rows: soft_cap * tanh((x W^T + b) / soft_cap).
+
+    Attributes:
+        weight: `[V, D]`. bias: `[V]` or None; or what the module's state holds in their place, such as a spec.
+    """
+
+    weight: Any
+    bias: Any
+    soft_cap: float | None
 
 
 class DecoderLayer(nnx.Module):
@@ -92,13 +108,15 @@ class Decoder(nnx.Module):
         layout: Layout = None,
         cache: Cache | None = None,
         rows: Int[Array, "R"] | None = None,
-    ) -> tuple[Float[Array, "*out V"], Cache | None]:
+        unembed: bool = True,
+    ) -> tuple[Float[Array, "*out V_or_D"], Cache | None]:
         """Next-token logits, and the updated cache.
 
         Args:
             tokens: int32 `[B, T]`, or `[T]` rows of a ragged step.
             layout: None (plain rows), `Packed` documents, or `Ragged` with a `cache` from `init_cache`.
             rows: with a ragged step, the token rows whose logits are wanted; None is all.
+            unembed: False returns what logits are made of, `[..., D]`, for a loss that takes `unembedding` itself.
         Returns:
             float32 logits `[B, T, V]`, `[T, V]` or `[R, V]`; the cache, or None without one.
         """
@@ -110,7 +128,15 @@ class Decoder(nnx.Module):
         x, cache = self.layers(x, layout, cache)
         if rows is not None:
             x = x[rows]
-        return self._logits(self.final_norm(x)), cache
+        x = self.final_norm(x)
+        return (self._logits(x) if unembed else x), cache
+
+    @property
+    def unembedding(self) -> Unembedding:
+        """The arrays behind the logits."""
+        layer = self.embed if self.unembed is None else self.unembed
+        bias = None if self.unembed is None or self.unembed.bias is None else self.unembed.bias.get_value()
+        return Unembedding(layer.weight.get_value(), bias, self.config.logit_soft_cap)
 
     @jax.named_scope("unembed")
     def _logits(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from meshloom.models.config import Activation, DecoderConfig, LayerSpec, MoEConfig, RopeConfig
 from meshloom.models.sequence import Layout, attend, capacity_of, positions_of
-from meshloom.pallas_kernels import KVPages, matmul
+from meshloom.pallas_kernels import KVPages, grouped_matmul, matmul
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -179,7 +179,7 @@ class ExpertWeights(nnx.Module):
 
     def __call__(self, x: Float[Array, "rows I"], group_sizes: Int[Array, "E"]) -> Float[Array, "rows O"]:
         """Rows sorted by expert, `group_sizes[e]` of them for expert e."""
-        return jax.lax.ragged_dot(x, jnp.swapaxes(self.weight[...], 1, 2), group_sizes)
+        return grouped_matmul(x, self.weight[...], group_sizes, transposed=True)
 
 
 class MoE(nnx.Module):

@@ -6,6 +6,7 @@ quantized model computes and serves as before, but cannot be saved or trained.
 
 import jax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from meshloom.core.errors import ModelError
 from meshloom.models.decoder import Decoder, Embedding
@@ -27,6 +28,28 @@ def quantize_weights(module: nnx.Module) -> nnx.Module:
     for _, node in nnx.iter_graph(module):
         if isinstance(node, Linear | Embedding):
             node.weight = nnx.Param(jax.block_until_ready(convert(node.weight.get_value())))
+    return module
+
+
+def quantize_abstract(module: nnx.Module) -> nnx.Module:
+    """What `quantize_weights` would make of a module whose weights are shapes with shardings; changed in place.
+
+    Raises:
+        ModelError: what `why_not` says.
+    """
+    if reason := why_not(module):
+        raise ModelError(f"int8 weights: {reason}; plan for this model without them")
+
+    def placed(x: jax.ShapeDtypeStruct, like: NamedSharding) -> jax.ShapeDtypeStruct:
+        # Scales have a row's place and no columns.
+        spec = PartitionSpec(*(axis if size > 1 else None for axis, size in zip(like.spec, x.shape, strict=False)))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(like.mesh, spec))
+
+    for _, node in nnx.iter_graph(module):
+        if isinstance(node, Linear | Embedding):
+            weight = node.weight.get_value()
+            small = jax.eval_shape(quantize, weight)
+            node.weight = nnx.Param(jax.tree.map(lambda x, like=weight.sharding: placed(x, like), small))
     return module
 
 

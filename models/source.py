@@ -101,7 +101,9 @@ def abstract(source: str | pathlib.Path, *, scan_layers: bool | None = None) -> 
     """
     text, path = str(source), pathlib.Path(source).expanduser()
     if text == "smollm2":
-        config, dtype = PRESETS["smollm2-135m"], jnp.float32
+        # The file keeps the constant in float32; a program compiled for one is not one compiled for the other.
+        config = dataclasses.replace(PRESETS["smollm2-135m"], norm_eps=float(np.float32(1e-5)))
+        dtype = jnp.float32
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not path.exists():
         values = _read_config(_download(text, files=["config.json"]))
         config, dtype = family_of(values).read_config(values), _stated_dtype(values)

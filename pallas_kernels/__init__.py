@@ -1,15 +1,27 @@
 """One function per op, with its implementations behind it; the caller never names one."""
 
 from meshloom.pallas_kernels.attention import KVPages, Mask, Ragged, attention, paged_attention
+from meshloom.pallas_kernels.cross_entropy import linear_cross_entropy
 from meshloom.pallas_kernels.matmul import QArray, matmul, quantize, quantized_matmul
+from meshloom.pallas_kernels.matmul.collective import all_gather_matmul, matmul_reduce_scatter
+from meshloom.pallas_kernels.matmul.expert_parallel import expert_parallel
+from meshloom.pallas_kernels.matmul.grouped import grouped_matmul
+from meshloom.pallas_kernels.matmul.lora import LoraPages, lora_matmul
 
 __all__ = [
     "KVPages",
+    "LoraPages",
     "Mask",
     "QArray",
     "Ragged",
+    "all_gather_matmul",
     "attention",
+    "expert_parallel",
+    "grouped_matmul",
+    "linear_cross_entropy",
+    "lora_matmul",
     "matmul",
+    "matmul_reduce_scatter",
     "paged_attention",
     "quantize",
     "quantized_matmul",

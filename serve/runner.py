@@ -5,6 +5,7 @@ device and one back, and that the module's state is flattened once. Sees chunks 
 the module it runs sees no mesh.
 """
 
+import contextlib
 from collections.abc import Callable
 
 import jax
@@ -24,7 +25,8 @@ class Runner:
     """The compiled step programs of one module, by bucket, and the cache they hand on.
 
     Args:
-        module: a decoder with `__call__(tokens, layout, cache, rows)` and `init_cache(num_pages, page_size, dtype)`.
+        module: a decoder with `__call__(tokens, layout, cache, rows)` and `init_cache(num_pages, page_size, dtype)`;
+            abstract weights are enough to `lower`.
         shapes: the step shapes to compile, ascending in tokens.
         num_pages, page_size, cache_dtype: the cache.
         mesh, kv_heads_axis: devices the weights lie on, and the mesh axis that splits kv heads; None on one device.
@@ -53,22 +55,31 @@ class Runner:
 
     def compile(self, advance: Callable[[str], None]) -> None:
         """Compile all programs and make the cache; `advance` hears of each program that is done."""
-        pages = [
-            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._cache_sharding(x.shape))
-            for x in jax.eval_shape(self._make_cache)
-        ]
-        shardings = [x.sharding for x in pages]
+        shardings = [x.sharding for x in self._pages()]
         self._empty_cache = compile_ahead(self._make_cache, out_shardings=shardings)
         for shape in self._shapes:
-            packed = jax.ShapeDtypeStruct((shape.size,), jnp.int32, sharding=self._replicated())
-            results = self._replicated(), shardings
-            self._programs[shape.tokens] = compile_ahead(
-                self._program(shape), self._leaves, pages, packed, donate_argnums=1, out_shardings=results
-            )
+            self._programs[shape.tokens] = self.lower(shape).compile()
             advance(f"step of {shape.tokens} tokens")
         self.reset()
         for shape in self._shapes:
             self._run(shape, [])  # the first run of a program is slow (buffers, page faults): not on a request's time
+
+    def lower(self, shape: StepShape) -> jax.stages.Lowered:
+        """The step program of a shape, ready for the compiler of the devices."""
+        pages = self._pages()
+        packed = jax.ShapeDtypeStruct((shape.size,), jnp.int32, sharding=self._replicated())
+        results = self._replicated(), [x.sharding for x in pages]
+        program = jax.jit(self._program(shape), donate_argnums=1, out_shardings=results)
+        # Kernels choose what runs by the mesh in scope.
+        with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
+            return program.lower(self._leaves, pages, packed)
+
+    def _pages(self) -> list[jax.ShapeDtypeStruct]:
+        """The cache's arrays, as shapes with shardings."""
+        return [
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._cache_sharding(x.shape))
+            for x in jax.eval_shape(self._make_cache)
+        ]
 
     def reset(self) -> None:
         """An empty cache; needed after a step that failed, which may have consumed the old one."""

@@ -3,11 +3,12 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
 from meshloom.core.errors import ConfigError
+from meshloom.core.program_report import ProgramReport
 from meshloom.core.topology import mesh_text
 from meshloom.sharding.cheapest import Purchase, RequestKind
 from meshloom.sharding.explain import bytes_text
@@ -31,32 +32,41 @@ def candidate_table(candidates: Sequence[Candidate], *, title: str) -> Table:
     return table
 
 
-def compiled_table(candidates: Sequence[Candidate]) -> Table:
+def compiled_table(candidates: Sequence[Candidate | ServeCandidate]) -> Table:
     """Collectives per device and step of the compiled candidates: predicted beside those in the compiled program."""
     table = Table(title="collectives per device and step, bytes of their results")
     for heading in ("mesh", "kind"):
         table.add_column(heading)
-    for heading in ("predicted", "compiled", "over", "runs", "compile time"):
+    for heading in ("predicted", "compiled", "over", "runs", "memory", "compile time"):
         table.add_column(heading, justify="right")
     for each in candidates:
-        if each.compiled is None:
+        if isinstance(each, Candidate):
+            if each.compiled is not None:
+                _add_collectives(table, label(each), each.breakdown.bytes_by_kind, each.compiled)
             continue
-        predicted, actual = each.breakdown.bytes_by_kind, each.compiled.bytes_by_kind
-        seconds = _time(each.compiled.compile_seconds)
-        for number, kind in enumerate(sorted(predicted | actual)):
-            runs = [some for some in each.compiled.collectives if some.kind == kind]
-            over = ", ".join(dict.fromkeys("+".join(some.axes) for some in runs))
-            table.add_row(
-                label(each) if number == 0 else "",
-                kind,
-                _size(predicted.get(kind, 0)),
-                _size(actual.get(kind, 0)),
-                over,
-                f"{sum(some.count for some in runs):.0f}",
-                seconds if number == 0 else "",
-            )
-        table.add_section()
+        for step, report in (each.compiled or {}).items():
+            tokens = each.batch if step == "decode" else each.compiled_tokens
+            name = f"{serving_label(each)}: {step}, {tokens} tokens"
+            _add_collectives(table, name, each.predicted_bytes(step), report)
     return table
+
+
+def _add_collectives(table: Table, name: str, predicted: Mapping[str, float], report: ProgramReport) -> None:
+    actual = report.bytes_by_kind
+    figures = _size(report.peak_bytes), _time(report.compile_seconds)
+    for number, kind in enumerate(sorted({*predicted, *actual}) or ["none"]):
+        runs = [some for some in report.collectives if some.kind == kind]
+        over = ", ".join(dict.fromkeys("+".join(some.axes) for some in runs))
+        table.add_row(
+            name if number == 0 else "",
+            kind,
+            _size(predicted.get(kind, 0)),
+            _size(actual.get(kind, 0)),
+            over,
+            f"{sum(some.count for some in runs):.0f}",
+            *(figures if number == 0 else ("", "")),
+        )
+    table.add_section()
 
 
 def cost_table(candidate: Candidate) -> Table:
@@ -93,6 +103,7 @@ def serving_table(candidates: Sequence[ServeCandidate], *, title: str) -> Table:
         "per token",
         "output tok/s",
         "memory per device",
+        "compiled",
         "in time",
     ):
         table.add_column(heading, justify="right")
@@ -100,8 +111,9 @@ def serving_table(candidates: Sequence[ServeCandidate], *, title: str) -> Table:
         axes = mesh_text(each.mesh) or "one device"
         memory = f"{_size(each.memory.total)} of {_size(each.hbm_bytes)}"
         times = _time(each.ttft_s), _time(each.tpot_s), f"{each.tokens_per_s:,.0f}"
+        compiled = "" if each.compiled_bytes is None else _size(each.compiled_bytes)
         usable = "yes" if each.fits and each.meets_targets else "no"
-        table.add_row(axes, str(each.batch), each.kv_dtype, each.weight_dtype, *times, memory, usable)
+        table.add_row(axes, str(each.batch), each.kv_dtype, each.weight_dtype, *times, memory, compiled, usable)
     return table
 
 
@@ -174,6 +186,11 @@ def label(candidate: Candidate) -> str:
     """`fsdp=64,tensor=4 full x2`: mesh, remat, rows per device and part."""
     axes = mesh_text(candidate.mesh) or "one device"
     return f"{axes} {candidate.remat} x{candidate.microbatch}"
+
+
+def serving_label(candidate: ServeCandidate) -> str:
+    """`tensor=4 int8 x64`: mesh, weights, sequences of one replica."""
+    return f"{mesh_text(candidate.mesh) or 'one device'} {candidate.weight_dtype} x{candidate.batch}"
 
 
 def _stack(axes, names: list[str], parts: dict[str, list[float]]) -> None:

@@ -7,7 +7,7 @@ of each to rent, and which share of each kind goes where, is then a mixed intege
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from flax import nnx
@@ -16,7 +16,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from meshloom.core.errors import ConfigError, ShardingError
 from meshloom.core.hardware import chip_named
 from meshloom.core.topology import parse_devices
-from meshloom.sharding.serving import plan_serving
+from meshloom.sharding.serving import ServeCandidate, plan_serving
 from meshloom.sharding.workload import ServeWorkload
 
 
@@ -61,6 +61,8 @@ def cheapest(
     slo: Slo,
     chips: Sequence[str],
     prices: Mapping[str, float | int] | None = None,
+    *,
+    plan: Callable[..., list[ServeCandidate]] = plan_serving,
 ) -> Purchase:
     """The cheapest accelerators for the mix.
 
@@ -68,12 +70,13 @@ def cheapest(
         module: abstract, as for `plan_serving`.
         chips: device strings on offer, each of which is one replica group: "v5e:2x2", "h100:2".
         prices: chip name -> US dollars per device and hour, over the table's.
+        plan: how one offer is planned; by default for all number formats, whether an engine has them or not.
     Raises:
         ConfigError: an unknown chip, or nothing on offer. ShardingError: a kind that no offer serves within the times.
     """
     if not request_mix or not chips:
         raise ConfigError("cheapest needs at least one kind of request and one device string, e.g. v5e:2x2")
-    rates = np.array([[_rate(module, kind, slo, text) for text in chips] for kind in request_mix])
+    rates = np.array([[_rate(module, kind, slo, text, plan) for text in chips] for kind in request_mix])
     for kind, row in zip(request_mix, rates, strict=True):
         if not row.any():
             raise ShardingError(
@@ -115,13 +118,15 @@ def solve(rates: np.ndarray, wanted: np.ndarray, hourly: np.ndarray, names: Sequ
     )
 
 
-def _rate(module: nnx.Module, kind: RequestKind, slo: Slo, text: str) -> float:
+def _rate(
+    module: nnx.Module, kind: RequestKind, slo: Slo, text: str, plan: Callable[..., list[ServeCandidate]]
+) -> float:
     """Requests/s that one offer serves within the times, 0 if none."""
     workload = ServeWorkload(kind.input_length, kind.output_length, ttft_s=slo.ttft_s, tpot_s=slo.tpot_s)
     devices = parse_devices(text)
     chip_named(devices.platform)  # an unknown chip is an error and not an offer that serves nothing
     try:
-        best = plan_serving(module, devices, workload, limit=1)[0]
+        best = plan(module, devices, workload, limit=1)[0]
     except ShardingError:  # too small for the model
         return 0.0
     return best.requests_per_s if best.meets_targets else 0.0

@@ -7,7 +7,7 @@ them for every token would cost more than reading them.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from flax import nnx
 
 from meshloom.core.errors import ShardingError
 from meshloom.core.hardware import Chip, chip_named
+from meshloom.core.program_report import ProgramReport
 from meshloom.core.topology import Devices
 from meshloom.sharding.cost import Breakdown, Memory, Pricer, Split, elements, split_of
 from meshloom.sharding.layout import Row
@@ -32,13 +33,17 @@ WEIGHT_DTYPES = ("bfloat16", "int8")
 
 @dataclasses.dataclass(frozen=True)
 class ServeCandidate:
-    """One way to serve, predicted.
+    """One way to serve: predicted, and what the compiler for its devices made of it, once that was asked.
 
     Attributes:
         batch: sequences that each of the mesh's `data` replicas decodes together.
         tpot_s: seconds per token of one answer, its share of others' prompts included.
         tokens_per_s: output tokens of all replicas together.
         requests_per_s: the same in whole requests.
+        decode: cost of a step of the batch. prefill: of a prompt of `prompt_tokens` tokens.
+        compiled: the compiler's figures of the steps of one replica, "decode" and "prefill", by name.
+        compiled_tokens: tokens of the compiled prefill step.
+        needed_bytes: what the compiler asks for on each device, where it refuses for that.
     """
 
     mesh: dict[str, int]
@@ -52,17 +57,63 @@ class ServeCandidate:
     memory: Memory
     hbm_bytes: int
     meets_targets: bool
-    breakdown: Breakdown
+    decode: Breakdown
+    prefill: Breakdown
+    prompt_tokens: int
+    compiled: Mapping[str, ProgramReport] | None = None
+    compiled_tokens: int | None = None
+    needed_bytes: int | None = None
+
+    @property
+    def compiled_bytes(self) -> int | None:
+        """Memory per device as the compiler says, of the step that takes most, or of one that it refused."""
+        if self.compiled is None:
+            return self.needed_bytes
+        return max(each.peak_bytes for each in self.compiled.values())
 
     @property
     def fits(self) -> bool:
+        """What the compiler says, or before that the prediction with a reserve."""
+        if self.compiled_bytes is not None:
+            return self.needed_bytes is None and self.compiled_bytes <= self.hbm_bytes
         return self.memory.total <= self.hbm_bytes * (1 - RESERVE)
 
+    def predicted_bytes(self, step: str) -> dict[str, float]:
+        """Collective kind -> bytes of results per device, of the "decode" step or of the "prefill" step compiled."""
+        if step == "decode":
+            return self.decode.bytes_by_kind
+        share = (self.compiled_tokens or self.prompt_tokens) / self.prompt_tokens
+        return {kind: amount * share for kind, amount in self.prefill.bytes_by_kind.items()}
+
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for `meshloom plan --json`."""
-        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del plain["memory"], plain["breakdown"]
-        return plain | {"memory_per_device_bytes": round(self.memory.total), "fits": self.fits}
+        """Plain values, for `meshloom plan --json`; compiled figures are None until they are known.
+
+        Collectives and compile time are those of the decode step; `prefill` has the other's.
+        """
+        names = ("mesh", "batch", "kv_dtype", "weight_dtype", "ttft_s", "tpot_s", "tokens_per_s", "requests_per_s")
+        return (
+            {name: getattr(self, name) for name in names}
+            | {"memory_per_device_bytes": round(self.memory.total), "hbm_bytes": self.hbm_bytes}
+            | {"fits": self.fits, "meets_targets": self.meets_targets}
+            | self._step_json("decode")
+            | {"compiled_memory_per_device_bytes": self.compiled_bytes}
+            | {"prefill": {"tokens": self.compiled_tokens or self.prompt_tokens} | self._step_json("prefill")}
+        )
+
+    def _step_json(self, step: str) -> dict[str, Any]:
+        report = None if self.compiled is None else self.compiled[step]
+        predicted, actual = self.predicted_bytes(step), {} if report is None else report.bytes_by_kind
+        return {
+            "compiled_memory_per_device_bytes": None if report is None else report.peak_bytes,
+            "compile_seconds": None if report is None else report.compile_seconds,
+            "collectives": {
+                kind: {
+                    "predicted_bytes": round(predicted.get(kind, 0)),
+                    "compiled_bytes": None if report is None else round(actual.get(kind, 0)),
+                }
+                for kind in predicted | actual
+            },
+        }
 
 
 def plan_serving(
@@ -71,12 +122,17 @@ def plan_serving(
     workload: ServeWorkload,
     *,
     chip: Chip | None = None,
+    kv_dtypes: Sequence[str] = KV_DTYPES,
+    weight_dtypes: Sequence[str] = WEIGHT_DTYPES,
     limit: int = 20,
 ) -> list[ServeCandidate]:
-    """The best candidates: those that fit and meet the targets first, then by output tokens per second.
+    """The best candidates: those that fit and meet the targets first, then by output tokens per second, then by
+    memory.
 
     Args:
         module: abstract, with an `init_cache(pages, page_size, dtype)`, which says what a cached token takes.
+        chip: other figures than the table's, e.g. for a CPU.
+        kv_dtypes, weight_dtypes: number formats to try.
     Raises:
         ConfigError: the chip is unknown. ShardingError: the module has no cache, or no mesh holds one request.
     """
@@ -99,14 +155,17 @@ def plan_serving(
         if any(mesh.get(axis, 1) > 1 and axis not in used for axis in ("tensor", "expert")):
             continue
         local = cached / (mesh[kv_axis] if kv_axis else 1)
-        found += _price(work, rules, mesh, devices, chip, workload, local)
+        found += _price(work, rules, mesh, devices, chip, workload, local, kv_dtypes, weight_dtypes)
     if not any(each.fits for each in found):
         least = min((each.memory.total for each in found), default=0.0)
         raise ShardingError(
             f"no mesh of {devices.count} x {chip.name} holds the model and one request: the least is "
             f"{least / 1e9:.1f} GB per device of {chip.hbm_bytes / 1e9:.1f} GB; use more devices or larger ones"
         )
-    found.sort(key=lambda each: (not each.fits, not each.meets_targets, -each.tokens_per_s))
+    # Larger batches that gain less than the prediction can tell only take memory.
+    found.sort(
+        key=lambda each: (not each.fits, not each.meets_targets, -float(f"{each.tokens_per_s:.3g}"), each.memory.total)
+    )
     return found[:limit]
 
 
@@ -118,6 +177,8 @@ def _price(
     chip: Chip,
     workload: ServeWorkload,
     cached: float,
+    kv_dtypes: Sequence[str],
+    weight_dtypes: Sequence[str],
 ) -> Iterator[ServeCandidate]:
     split = split_of(work, rules, mesh)
     pricer = Pricer(chip, devices, mesh, "bfloat16")
@@ -125,9 +186,9 @@ def _price(
     replicas = mesh["data"]
     held = sum(elements(row) for row in rules)
     prefill = _prefill(pricer, work, split)
-    for weight_dtype in WEIGHT_DTYPES:
+    for weight_dtype in weight_dtypes:
         weights = held * np.dtype(jnp.dtype(weight_dtype)).itemsize
-        for kv_dtype in KV_DTYPES:
+        for kv_dtype in kv_dtypes:
             per_token = cached * np.dtype(jnp.dtype(kv_dtype)).itemsize
             room = chip.hbm_bytes * (1 - RESERVE) - weights
             most = max(int(room // (per_token * length)), 1)
@@ -137,9 +198,9 @@ def _price(
                 context = workload.input_length + workload.output_length / 2
                 step = _decode(pricer, work, split, workload, batch, weights, batch * context * per_token)
                 # Between two of its tokens an answer waits for one step and its share of the prompts of the batch.
-                tpot = step.step_s + batch * prefill / workload.output_length
+                tpot = step.step_s + batch * prefill.step_s / workload.output_length
                 rate = replicas * batch / tpot
-                meets = (workload.ttft_s is None or prefill + tpot <= workload.ttft_s) and (
+                meets = (workload.ttft_s is None or prefill.step_s + tpot <= workload.ttft_s) and (
                     workload.tpot_s is None or tpot <= workload.tpot_s
                 )
                 enough = workload.concurrency is None or replicas * batch >= workload.concurrency
@@ -149,7 +210,7 @@ def _price(
                     batch,
                     kv_dtype,
                     weight_dtype,
-                    prefill + tpot,
+                    prefill.step_s + tpot,
                     tpot,
                     rate,
                     rate / workload.output_length,
@@ -157,12 +218,14 @@ def _price(
                     chip.hbm_bytes,
                     meets and enough,
                     step,
+                    prefill,
+                    workload.input_length,
                 )
 
 
-def _prefill(pricer: Pricer, work: Work, split: Split) -> float:
-    """Seconds for one prompt on one replica."""
-    return pricer.breakdown(pricer.groups(work, split, 1), pricer.partial_sums(work, split, 1), 0.0).step_s
+def _prefill(pricer: Pricer, work: Work, split: Split) -> Breakdown:
+    """One prompt on one replica."""
+    return pricer.breakdown(pricer.groups(work, split, 1), pricer.partial_sums(work, split, 1), 0.0)
 
 
 def _decode(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import io
 import json
 import math
 import os
@@ -11,9 +12,14 @@ import sys
 
 import pytest
 from flax import nnx
+from rich.console import Console
 
-from meshloom import cli, commands
+from meshloom import cli, commands, machine
+from meshloom.core import topology
 from meshloom.core.errors import ConfigError
+from meshloom.core.executable import read_header
+from meshloom.core.hardware import CHIPS
+from meshloom.core.measure import Measured
 from meshloom.core.topology import parse_devices
 from meshloom.models.config import DecoderConfig
 from meshloom.models.decoder import Decoder
@@ -171,18 +177,58 @@ def test_required_arguments_may_come_from_the_file(tmp_path):
 def test_json_may_be_asked_for_in_the_file(tmp_path, capsys):
     file = tmp_path / "info.toml"
     file.write_text("json = true\n")
-    status, out, _ = run(capsys, "info", "--config", str(file))
+    status, out, _ = run(capsys, "info", "--no-measure", "--config", str(file))
     assert status == 0
     assert json.loads(out)["backend"] == "cpu"
 
 
-def test_info_is_json_with_versions_and_devices(capsys):
+MEASURED = Measured(
+    memory_bytes=32 * 2**30,
+    bandwidth={"copy": 16e9, "scale": 12e9, "add": 10e9, "triad": 10e9},
+    flops={"float32": 80e9, "bfloat16": 160e9, "int8": 320e9},
+)
+
+
+def test_info_is_json_with_versions_devices_and_measured_rates(capsys, monkeypatch):
+    monkeypatch.setattr(machine, "measure", lambda device, progress: MEASURED)
     status, out, err = run(capsys, "info", "--json")
     values = json.loads(out)
     assert (status, err) == (0, "")
     assert values["devices"] == ["cpu"] * 8
-    assert {"meshloom", "jax", "flax", "memory_gib", "cache", "compilation_cache"} <= set(values)
-    assert f"flax               {values['flax']}\n" in run(capsys, "info")[1]
+    assert {"meshloom", "jax", "flax", "memory_bytes", "cache", "compilation_cache"} <= set(values)
+    assert values["measured"]["bandwidth_bytes_per_s"] == MEASURED.bandwidth
+    assert values["measured"]["products_flops"] == MEASURED.flops
+    assert values["chip"]["flops"] == {dtype: rate / 8 for dtype, rate in MEASURED.flops.items()}
+    text = run(capsys, "info")[1]
+    assert f"flax                 {values['flax']}\n" in text
+    assert re.search(r"STREAM copy +│ 16 GB/s", text)
+    assert re.search(r"int8 products +│ 320 GFLOP/s", text)
+
+
+def test_info_without_measuring_says_so_and_prints_the_table_with_sources(capsys):
+    values = json.loads(run(capsys, "info", "--no-measure", "--json")[1])
+    assert (values["measured"], values["chip"]) == (None, None)
+    chips = json.loads(run(capsys, "info", "--chips", "--json")[1])["chips"]
+    assert chips["v5e"]["link_bandwidth"] == 200e9
+    assert "bidirectional" in chips["v5e"]["sources"]["link_bandwidth"]
+    assert re.search(r"h100 +│ hbm_bandwidth +│ 3350 GB/s +│ NVIDIA H100", run(capsys, "info", "--chips")[1])
+
+
+def test_a_measurement_stands_beside_the_data_sheet():
+    console = Console(file=io.StringIO(), width=120)
+    console.print(machine.measured_table(MEASURED, CHIPS["v5e"]))
+    assert re.search(r"STREAM copy +│ 16 GB/s +│ 819 GB/s +│ 2%", console.file.getvalue())
+
+
+def test_a_plan_for_simulated_devices_has_the_measured_processors_figures(capsys, monkeypatch):
+    monkeypatch.setattr(topology, "measured_cpu", lambda: MEASURED)
+    asked = "plan tiny --devices cpu:8 --batch-tokens 4096 --sequence-length 512 --compile 0"
+    status, out, err = run(capsys, *asked.split(), "--json")
+    assert status == 0
+    assert "cpu:8: this machine's processor, measured, in 8 equal parts" in err
+    values = json.loads(out)
+    assert values["figures"] == "measured"
+    assert {each["hbm_bytes"] for each in values["candidates"]} == {4 * 2**30}
 
 
 def test_plan_is_json_with_every_parameter(capsys):
@@ -268,6 +314,31 @@ def test_a_serving_plan_keeps_within_the_times_asked_for(capsys):
         assert (each["ttft_s"] <= 0.5, each["tpot_s"] <= 0.02) == (True, True)
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler for TPUs, is not installed"
+)
+def test_the_steps_of_the_best_serving_plan_are_compiled_for_devices_that_are_not_here(model, capsys):
+    asked = "--devices v5e:2x2 --requests 16:8 --slo ttft=1,tpot=0.05 --candidates 2 --compile 1 --json"
+    status, out, _ = run(capsys, "plan", model, *asked.split())
+    plan = json.loads(out)
+    best, other = plan["candidates"]
+    assert (status, plan["compiled"], best["fits"]) == (0, True, True)
+    assert 0 < best["memory_per_device_bytes"] < best["compiled_memory_per_device_bytes"] < best["hbm_bytes"]
+    assert best["compile_seconds"] > 0
+    assert all(each["compiled_bytes"] is not None for each in best["collectives"].values())
+    assert (best["prefill"]["tokens"], best["prefill"]["compile_seconds"] > 0) == (16, True)
+    assert other["compiled_memory_per_device_bytes"] is None
+
+
+def test_without_the_compiler_a_serving_plan_is_predicted_and_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    asked = "plan tiny --devices v5e:2x2 --requests 256:64 --compile 1"
+    status, out, err = run(capsys, *asked.split())
+    assert status == 0
+    assert "predicted, not compiled" in out
+    assert "pip install 'meshloom[tpu]'" in err
+
+
 def test_the_cheapest_purchase_follows_the_prices(capsys):
     asked = "plan smollm2-135m --cheapest --requests 256:64:5,32:32:1 --slo ttft=1,tpot=0.1 --offers v5e:1x1,h100:1"
     for prices, chosen in (("v5e=1,h100=50", "v5e:1x1"), ("v5e=50,h100=1", "h100:1")):
@@ -283,6 +354,9 @@ def test_the_cheapest_purchase_follows_the_prices(capsys):
         ("tiny --requests 256:64 --mesh fsdp=2", "--mesh: of a layout, and this is a serving plan"),
         ("tiny --batch-tokens 4096 --slo ttft=1,tpot=1", "--slo: of a serving plan, and this is a training plan"),
         ("tiny --cheapest", "--cheapest needs --requests"),
+        ("tiny --devices v5e:2x2 --requests 256:64 --executable s.bin", "--executable: of a training plan"),
+        ("tiny --devices v5e:2x2 --requests 256:64 --out /no/plan.json", "cannot write the plan to /no/plan.json"),
+        ("tiny --devices v5e:2x2 --requests 256:64 --compile -1", "--compile is a number of plans, 0 or more; got -1"),
         ("tiny --cheapest --requests 256:64 --slo ttft=1", '--slo is "ttft=SECONDS,tpot=SECONDS"'),
         ("tiny --cheapest --requests 256 --slo ttft=1,tpot=1", 'requests per second", as in "1024:256:2.5'),
         ("tiny --cheapest --requests 2:2 --slo ttft=1,tpot=1 --prices h100=-1", "h100 must be greater than 0; got -1"),
@@ -330,16 +404,36 @@ def test_verify_says_that_a_mesh_trains_as_one_device_does(capsys):
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler for TPUs, is not installed"
 )
-def test_the_best_plan_is_compiled_for_devices_that_are_not_here(capsys):
+def test_the_best_plan_is_compiled_for_devices_that_are_not_here(capsys, tmp_path):
     asked = "plan tiny --devices v5e:2x2 --batch-tokens 4096 --sequence-length 256 --candidates 2 --compile 1 --json"
-    status, out, _ = run(capsys, *asked.split())
+    (settings := tmp_path / "train.toml").write_text("steps = 7\nlearning_rate = 3e-4\n")
+    step = tmp_path / "step.bin"
+    flags = ["--executable", str(step), "--train-config", str(settings)]
+    status, out, _ = run(capsys, *asked.split(), *flags)
     plan = json.loads(out)
+    assert plan["executable"] == str(step)
+    header = read_header(step)
+    assert (header.device_kind, header.mesh) == ("TPU v5 lite", {"fsdp": 4})
+    assert (header.settings["steps"], header.settings["learning_rate"]) == (7, 3e-4)
     best, other = plan["candidates"]
     assert (status, plan["compiled"], best["fits"]) == (0, True, True)
     assert 0 < best["compiled_memory_per_device_bytes"] < best["hbm_bytes"]
     assert other["compiled_memory_per_device_bytes"] is None
     compiled = {kind: each["compiled_bytes"] for kind, each in best["collectives"].items()}
     assert sum(compiled.values()) > 0
+
+
+def test_no_executable_is_written_and_the_command_fails_where_no_plan_fits(capsys, monkeypatch, tmp_path):
+    def compile_best(config, where, candidates, *_, **__):
+        return [dataclasses.replace(each, needed_bytes=2**40) for each in candidates]
+
+    monkeypatch.setattr(topology, "measured_cpu", lambda: MEASURED)
+    monkeypatch.setattr("meshloom.planning.compile_best", compile_best)
+    monkeypatch.setattr("meshloom.doctor.diagnose", lambda *_: None)
+    asked = "plan tiny --devices cpu:8 --batch-tokens 4096 --sequence-length 256 --candidates 1 --json"
+    status, out, err = run(capsys, *asked.split(), "--executable", str(tmp_path / "step.bin"))
+    assert (status, json.loads(out)["executable"], list(tmp_path.iterdir())) == (1, None, [])
+    assert "no plan fits: " in err
 
 
 def test_without_the_compiler_a_plan_is_predicted_and_says_what_to_install(capsys, monkeypatch):
@@ -355,7 +449,7 @@ def test_without_the_compiler_a_plan_is_predicted_and_says_what_to_install(capsy
     ("asked", "message"),
     [
         ("llama3-8b --devices v5e:4x4 --batch-tokens 100000", "no whole number of rows of 4096 tokens; use 98304"),
-        ("llama3-8b --devices cpu:8 --batch-tokens 65536", "for devices of the hardware table"),
+        ("llama3-8b --devices local --batch-tokens 65536 --compile 0", "for devices of the hardware table"),
         ("llama3-8b --devices v5e:4x4 --mesh fsdp=8 --batch-tokens 65536", "needs 8 devices; there are 16"),
         ("llama3-8b --devices v5e:4x4 --explain-cost", "--explain-cost: of a training plan, and this is a layout; say"),
         ("llama3-8b --devices v5e:4x4 --sequence-length 64", "--sequence-length: of a training plan"),
@@ -367,6 +461,14 @@ def test_without_the_compiler_a_plan_is_predicted_and_says_what_to_install(capsy
         ("smollm2-135m --devices v5e:2x2 --batch-tokens 65536 --chart /no/where.png", "cannot write the chart"),
         ("smollm2-135m --devices v5e:2x2 --batch-tokens 65536 --out /no/plan.json", "cannot write the plan"),
         ("smollm2-135m --devices v5e:2x2 --batch-tokens 65536 --chart plan.xyz", "cannot write the chart to plan.xyz"),
+        ("tiny --devices v5e:2x2 --batch-tokens 4096 --executable s --compile 0", "and --compile 0 compiles none"),
+        (
+            "tiny --devices v5e:2x2 --batch-tokens 4096 --executable /no/s.bin",
+            "cannot write the executable to /no/s.bin",
+        ),
+        ("tiny --devices v100:8 --batch-tokens 4096 --executable s.bin", "--executable: no compiler for v100"),
+        ("tiny --devices v5e:2x2 --batch-tokens 4096 --train-config t", "what is inside the program of --executable"),
+        ("tiny --devices v5e:2x2 --executable s.bin", "--executable: of a training plan, and this is a layout"),
         ("llama3-8b --devices v100:8 --batch-tokens 65536", "no bfloat16 peak is known for v100"),
         ("t5-base --devices v5e:4x4 --batch-tokens 65536", "training plans are for decoders"),
     ],

@@ -75,6 +75,8 @@ class TrainConfig:
         mesh: axis sizes, as in "fsdp=4,tensor=2"; "auto" is what the planner predicts to be fastest.
         plan: file of `meshloom plan --out`, which says model, devices, mesh, remat, batch_size, accumulation and
             sequence_length; none of them may then be set to something else.
+        executable: file of `meshloom plan --executable`, the step compiled before; refused unless it is this run's step
+            for these devices. It can run code: load no file that you do not trust.
         run_dir: folder of the run; where it holds checkpoints, the run goes on from the newest.
         checkpoint_every: steps between checkpoints; the last step always makes one.
         keep: newest checkpoints kept.
@@ -105,6 +107,7 @@ class TrainConfig:
     devices: str = "local"
     mesh: str = "auto"
     plan: pathlib.Path | None = None
+    executable: pathlib.Path | None = None
     run_dir: pathlib.Path = pathlib.Path("run")
     checkpoint_every: int = 100
     keep: int = 2
@@ -145,7 +148,7 @@ class TrainConfig:
 
 # What may change between the parts of a run: where and how it is kept, and the mesh (another mesh adds in another
 # order, so losses agree to rounding instead of bitwise). `dtype` is compared as what it stands for on the devices.
-_FREE = {"checkpoint_every", "keep", "log_every", "run_dir", "devices", "mesh", "dtype"}
+_FREE = {"checkpoint_every", "keep", "log_every", "run_dir", "devices", "mesh", "dtype", "executable"}
 
 
 def continuity_errors(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -136,7 +136,7 @@ def _steps(
 ) -> int:
     """Runs the remaining steps, or up to a signal; returns the number of the last one, which is saved."""
     with console.status("compiling the step") if console.is_terminal else contextlib.nullcontext():
-        step = setup.compiled_step()
+        step = setup.compiled_step
         meter = Meter(setup)
     first = jax.process_index() == 0  # which reports; all of them compute and save
     with (

@@ -1,28 +1,46 @@
-"""What training minimises: next-token cross entropy over packed rows, in float32.
+"""What training minimises: next-token cross entropy over packed rows, in float32, without logits where they are large.
 
-Shape legend: B rows, T tokens predicted per row, V vocab.
+Shape legend: B rows, T tokens predicted per row, D model, V vocab.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from meshloom.models.decoder import Unembedding
+from meshloom.pallas_kernels import linear_cross_entropy
+from meshloom.pallas_kernels.cross_entropy import Split
+from meshloom.pallas_kernels.cross_entropy.reference import cross_entropy_of_logits
+
+# No token's id: what is not predicted.
+IGNORED = -1
+
 
 @jax.named_scope("next_token_loss")
 def next_token_loss(
-    logits: Float[Array, "B T V"], tokens: Int[Array, "B T_and_1"], segment_ids: Int[Array, "B T_and_1"]
+    hidden: Float[Array, "B T D"],
+    unembedding: Unembedding | None,
+    tokens: Int[Array, "B T_and_1"],
+    segment_ids: Int[Array, "B T_and_1"],
+    *,
+    split: Split | None = None,
+    implementation: str | None = None,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Sum of -log p(next token), in nats, and the number of tokens in it.
 
     A token counts if it lies in the same document (segment) as the one before it; padding (segment 0) never counts.
 
     Args:
-        logits: float32, of the first T tokens.
+        hidden: what logits are made of, of the first T tokens.
+        unembedding: what makes them; None says that `hidden` are the logits, float32.
+        split, implementation: as in `linear_cross_entropy`.
     """
-    targets = tokens[:, 1:]
     counted = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
-    # Comparing beats indexing: its gradient is no scatter, and a vocabulary split over devices needs no gather.
-    is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
-    chosen = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-    loss = jax.nn.logsumexp(logits, axis=-1) - chosen
-    return jnp.sum(jnp.where(counted, loss, 0.0)), jnp.sum(counted, dtype=jnp.int32)
+    targets = jnp.where(counted, tokens[:, 1:], IGNORED)
+    if unembedding is None:
+        loss = jnp.where(counted, cross_entropy_of_logits(hidden, targets)[0], 0.0)
+    else:
+        options = {"split": split, "implementation": implementation}
+        bias, soft_cap = unembedding.bias, unembedding.soft_cap
+        loss, _ = linear_cross_entropy(hidden, unembedding.weight, targets, bias=bias, soft_cap=soft_cap, **options)
+    return jnp.sum(loss), jnp.sum(counted, dtype=jnp.int32)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from meshloom.core.errors import ConfigError, ShardingError
 from meshloom.core.hardware import Chip, chip_named
-from meshloom.core.topology import describe_devices
+from meshloom.core.topology import Devices, describe_devices
 from meshloom.models.config import DecoderConfig
 from meshloom.models.source import abstract_module
 from meshloom.sharding.plan_file import read_plan
@@ -20,8 +20,10 @@ from meshloom.sharding.planner import plan_training
 from meshloom.sharding.workload import TrainWorkload
 from meshloom.train.config import TrainConfig
 
-# Simulated devices are for trying things out, and all processes of a run must choose alike: round figures, no measured
-# ones. Communication at a tenth of the memory's speed makes the choices those of a small pod.
+# Round figures, and not the measured ones of `core.topology.measured_chip`: every process of a run has to choose the
+# same mesh, and so has a run that resumes, but bandwidth and products measured twice on a busy machine differ by a
+# factor of two, and so does their ratio. Communication at a tenth of the memory's speed makes the choices those of a
+# small pod.
 _SIMULATED = Chip(
     name="cpu",
     flops={"bfloat16": 1e11, "float32": 1e11},
@@ -29,7 +31,9 @@ _SIMULATED = Chip(
     hbm_bandwidth=1e10,
     link_bandwidth=1e9,
     network_bandwidth=1e9,
-    source="assumed, for simulated devices",
+    sources=dict.fromkeys(
+        ("flops", "hbm_bytes", "hbm_bandwidth", "link_bandwidth", "network_bandwidth"), "assumed, for simulated devices"
+    ),
 )
 
 
@@ -59,6 +63,21 @@ def followed(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, **planned, plan=None)
 
 
+def baked_settings(config: TrainConfig) -> dict[str, str | int | float | None]:
+    """What a compiled step has inside as constants besides the model, by the names of the configuration."""
+    names = ("learning_rate", "schedule", "final_lr_fraction", "weight_decay", "clip_norm", "beta1", "beta2")
+    return {"steps": config.steps, "warmup_steps": config.warmup} | {name: getattr(config, name) for name in names}
+
+
+def chip_of(where: Devices) -> Chip:
+    """The figures to plan with for these devices.
+
+    Raises:
+        ConfigError: nothing is known of them.
+    """
+    return _SIMULATED if where.platform == "cpu" else chip_named(where.platform)
+
+
 def choose_mesh(config: TrainConfig, model: DecoderConfig, devices: Sequence[jax.Device]) -> dict[str, int]:
     """The mesh that trains this configuration fastest on these devices, by the planner's prediction.
 
@@ -68,7 +87,7 @@ def choose_mesh(config: TrainConfig, model: DecoderConfig, devices: Sequence[jax
     where = describe_devices(list(devices))
     if len(devices) == 1 or where.platform == "local":  # nothing is known of this chip
         return {"fsdp": len(devices)}
-    chip = _SIMULATED if where.platform == "cpu" else chip_named(where.platform)
+    chip = chip_of(where)
     dtype = "bfloat16" if config.dtype == "auto" or config.dtype not in chip.flops else config.dtype
     workload = TrainWorkload(config.batch_size * config.sequence_length, config.sequence_length, dtype)
 

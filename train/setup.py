@@ -21,6 +21,7 @@ from rich.console import Console
 from meshloom.core.checkpoint import Checkpointer, check_writable, tree_bytes
 from meshloom.core.config import to_dict
 from meshloom.core.errors import ConfigError
+from meshloom.core.executable import load_executable
 from meshloom.core.processes import check_agreement
 from meshloom.core.topology import make_mesh, use_devices
 from meshloom.models.config import DecoderConfig, ModelConfig
@@ -36,15 +37,15 @@ from meshloom.train.corpus import Corpus, tokenize
 from meshloom.train.data import Batch, Batches
 from meshloom.train.documents import Documents, find_documents
 from meshloom.train.optimizer import make_optimizer, make_schedule
-from meshloom.train.plan import choose_mesh
+from meshloom.train.plan import baked_settings, choose_mesh
 from meshloom.train.run_folder import Identity, RunFolder
 from meshloom.train.state import TrainState, restore_state
 from meshloom.train.step import (
     Weights,
     abstract_batch,
     abstract_weights,
-    compile_step,
     fresh_weights,
+    lower_step,
     make_step,
     place_batch,
     share,
@@ -107,12 +108,22 @@ class Setup:
     def plain_step(self) -> Callable[..., Any]:
         """The step without recomputation, whose products are the useful ones."""
         module = abstract_module(dataclasses.replace(self.model, remat="none"), jnp.float32)
-        return make_step(module, self.optimizer, self.schedule, dtype=self.dtype)
+        # The loss that computes no logits twice, whatever the program that runs does.
+        return make_step(module, self.optimizer, self.schedule, dtype=self.dtype, loss="reference")
 
-    def compiled_step(self) -> jax.stages.Compiled:
-        """The step, compiled."""
+    @functools.cached_property
+    def lowered_step(self) -> jax.stages.Lowered:
+        """The step, ready to compile."""
         step = make_step(self.module, self.optimizer, self.schedule, dtype=self.dtype, layout=self.layout)
-        return compile_step(step, self.abstract_weights, self.abstract_batch, self.layout)
+        return lower_step(step, self.abstract_weights, self.abstract_batch, self.layout)
+
+    @functools.cached_property
+    def compiled_step(self) -> jax.stages.Compiled:
+        """The step, compiled, or as the configuration's file has it compiled."""
+        if self.config.executable is None:
+            return self.lowered_step.compile()
+        settings = baked_settings(self.config)
+        return load_executable(self.config.executable, self.lowered_step, self.mesh, settings)
 
     def batches(self) -> Batches:
         """This process's rows, from the first one on."""
@@ -156,6 +167,7 @@ class Setup:
         say(
             f"step    {rows} x {self.config.sequence_length} tokens in {self.config.accumulation} part(s), "
             f"{self.identity.dtype}"
+            + ("" if self.config.executable is None else f", compiled before: {self.config.executable}")
         )
         say(f"devices {number} x {kind}, mesh {self.mesh_text}; sharding derived from the program:")
         by_spec: dict[str, list[Any]] = {}
@@ -202,6 +214,8 @@ def prepare(config: TrainConfig, console: Console) -> Setup:
     if stored is not None:
         folder.check_identity(stored, setup.identity)
     _ = setup.abstract_batch  # refuses rows that do not divide over the mesh
+    if config.executable is not None:
+        _ = setup.compiled_step  # refuses a program of another step or other devices
     # No process may write to the folder before all have read it.
     check_agreement(to_dict(config) | {"begun": setup.begun, "corpus": corpus.key})
     return setup

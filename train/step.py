@@ -20,8 +20,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from meshloom.core.errors import ShardingError
+from meshloom.models.decoder import Unembedding
 from meshloom.models.random_weights import random_weights
 from meshloom.models.sequence import Packed
+from meshloom.pallas_kernels.cross_entropy import Split
 from meshloom.sharding.constrain import constrained, plain
 from meshloom.sharding.layout import Layout
 from meshloom.train.data import Batch
@@ -54,21 +56,27 @@ def make_step(
     *,
     dtype: Any,
     layout: Layout | None = None,
+    loss: str | None = None,
 ) -> Callable[[Weights, Batch, Int[Array, ""]], tuple[Weights, StepMetrics]]:
     """The step as a function of (weights, batch `[A, B, T + 1]`, number of the step from 0), to be traced or jitted.
 
     Args:
-        module: abstract or not; only its structure is used.
+        module: abstract or not; only its structure is used. One that has an `unembedding`, like `Decoder`, makes no
+            logits; of another they are its first result.
         dtype: of the computation.
         layout: keeps activations split by rows on its mesh; without one the step has no constraints.
+        loss: implementation of `linear_cross_entropy`; None chooses.
     """
     forward = forward_of(module, layout)
+    split = None if layout is None else loss_split(module, layout)
 
     def loss_of(params: Any, part: Batch) -> tuple[Float[Array, ""], Int[Array, ""]]:
         computed = jax.tree.map(lambda x: x.astype(dtype), params)
         packed = Packed(part.segment_ids[:, :-1], part.positions[:, :-1])
-        logits, _ = forward(computed, part.tokens[:, :-1], packed)
-        return next_token_loss(logits, part.tokens, part.segment_ids)
+        unembedding = unembedding_of(module, computed)
+        without_logits = () if unembedding is None else (None, None, False)
+        hidden, _ = forward(computed, part.tokens[:, :-1], packed, *without_logits)
+        return next_token_loss(hidden, unembedding, part.tokens, part.segment_ids, split=split, implementation=loss)
 
     def add_part(params: Any, total: Any, part: Batch) -> tuple[Any, None]:
         (loss, count), gradient = jax.value_and_grad(loss_of, has_aux=True)(params, part)
@@ -91,8 +99,20 @@ def make_step(
 
 
 def forward_of(module: nnx.Module, layout: Layout | None) -> Callable[..., Any]:
-    """The forward pass of a step, `(params, tokens, packed) -> (logits, None)`, constrained if there is a layout."""
+    """The forward pass of a step, `(params, *inputs) -> module(*inputs)`, constrained if there is a layout."""
     return plain(module) if layout is None else constrained(module, layout)
+
+
+def unembedding_of(module: nnx.Module, state: Any) -> Unembedding | None:
+    """What makes logits, from a tree like the module's parameters, of arrays or specs; None if it keeps that inside."""
+    graphdef, _ = nnx.split(module)
+    return getattr(nnx.merge(graphdef, state), "unembedding", None)
+
+
+def loss_split(module: nnx.Module, layout: Layout) -> Split | None:
+    """How the loss's arrays lie: tokens as batches do, the unembedding as it is stored."""
+    unembedding = unembedding_of(module, layout.specs)
+    return None if unembedding is None else Split(layout.mesh, layout.batch_spec, unembedding.weight)
 
 
 def weight_shardings(module: nnx.Module, optimizer: optax.GradientTransformation, layout: Layout) -> Weights:

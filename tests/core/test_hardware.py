@@ -5,17 +5,57 @@ from unittest.mock import Mock
 import jax
 import pytest
 
+from meshloom.core import topology
 from meshloom.core.errors import ConfigError
-from meshloom.core.hardware import CHIPS, chip_named, chip_of_kind, measured_peak_flops, peak_flops
+from meshloom.core.hardware import CHIPS, FIGURES, chip_named, chip_of_kind, cpu_chip, peak_flops
+from meshloom.core.measure import Measured, measured_peak_flops
+from meshloom.core.topology import measured_chip, parse_devices
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.name)
-def test_every_chip_has_peaks_memory_links_and_a_source(chip):
+def test_every_chip_has_peaks_memory_and_links(chip):
     assert max(chip.flops.values()) > 1e14
     assert 8 * 2**30 < chip.hbm_bytes < 2**39
     assert chip.network_bandwidth < chip.link_bandwidth < chip.hbm_bandwidth < 1e13
     assert 0 < chip.efficiency < 1
-    assert chip.source
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.name)
+def test_every_figure_that_is_set_has_a_source_and_nothing_else_has_one(chip):
+    assert set(chip.sources) == {name for name in FIGURES if getattr(chip, name) is not None} == set(chip.figures())
+    assert all(len(source) > 20 for source in chip.sources.values())
+
+
+def test_links_of_tpus_are_half_of_what_their_pages_give_for_both_directions():
+    both_ways = {"v5e": 400e9, "v5p": 1200e9, "v6e": 800e9, "tpu7x": 1200e9}
+    for name, bandwidth in both_ways.items():
+        chip = CHIPS[name]
+        assert chip.link_bandwidth * chip.devices_per_chip == bandwidth / 2
+        assert f"{bandwidth / 1e9:.0f} GB/s per chip, / 2" in chip.sources["link_bandwidth"]
+
+
+MEASURED = Measured(
+    memory_bytes=32 * 2**30,
+    bandwidth={"copy": 16e9, "scale": 12e9, "add": 10e9, "triad": 10e9},
+    flops={"float32": 80e9, "bfloat16": 160e9, "int8": 320e9},
+)
+
+
+def test_simulated_devices_share_the_measured_processor_equally():
+    one, eight = cpu_chip(1, MEASURED), cpu_chip(8, MEASURED)
+    assert eight.hbm_bytes == 4 * 2**30
+    assert eight.flops == {dtype: rate / 8 for dtype, rate in one.flops.items()}
+    assert (one.hbm_bandwidth, one.link_bandwidth) == (16e9, 8e9)
+    assert (eight.hbm_bandwidth, eight.link_bandwidth) == (2e9, 1e9)
+    assert set(eight.sources) == set(eight.figures())
+    assert all("measured, / 8 devices" in source for source in eight.sources.values())
+
+
+def test_only_a_cpu_is_measured_to_plan_for_it(monkeypatch):
+    monkeypatch.setattr(topology, "measured_cpu", lambda: MEASURED)
+    assert measured_chip(parse_devices("cpu:4")) == cpu_chip(4, MEASURED)
+    assert measured_chip(parse_devices("v5e:2x2")) is None
+    assert measured_chip(parse_devices("local")) is None
 
 
 def test_device_kinds_lead_to_their_row():

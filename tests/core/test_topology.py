@@ -81,7 +81,7 @@ def test_devices_that_are_not_here_are_refused():
 
 def test_the_network_of_a_slice_has_one_level_and_of_several_two():
     (ici,) = network(parse_devices("v5e:4x4"))
-    assert (ici.name, ici.devices, ici.bandwidth) == ("ici", 16, 180e9)
+    assert (ici.name, ici.devices, ici.bandwidth) == ("ici", 16, 200e9)
     inside, between = network(parse_devices("2xv5e:16x16"))
     assert (inside.devices, between.name, between.devices) == (256, "dcn", 512)
 

@@ -11,9 +11,10 @@ from flax import nnx
 
 from meshloom.core.topology import make_mesh
 from meshloom.models.config import DecoderConfig
-from meshloom.models.decoder import Decoder
+from meshloom.models.decoder import Decoder, Unembedding
 from meshloom.models.sequence import Packed
 from meshloom.models.source import abstract_module
+from meshloom.pallas_kernels.cross_entropy import spec as cross_entropy
 from meshloom.sharding import derive
 from meshloom.train.config import TrainConfig
 from meshloom.train.data import Batch
@@ -48,7 +49,7 @@ def packed_batch(seed: int) -> Batch:
     return Batch(tokens.astype(np.int32), segments, positions)
 
 
-def run(axes: dict[str, int], *, accumulation: int = 1, dtype=jnp.float32, steps: int = 3):
+def run(axes: dict[str, int], *, accumulation: int = 1, dtype=jnp.float32, steps: int = 3, loss: str | None = None):
     """Losses and the weights after a few steps."""
     count = int(np.prod(list(axes.values())))
     module = abstract_module(MODEL, jnp.float32)
@@ -56,7 +57,7 @@ def run(axes: dict[str, int], *, accumulation: int = 1, dtype=jnp.float32, steps
     optimizer, schedule = make_optimizer(CONFIG, module), make_schedule(CONFIG)
     weights = fresh_weights(module, optimizer, layout, seed=0)
     batch = abstract_batch(layout, accumulation=accumulation, rows=ROWS, length=LENGTH)
-    step = make_step(module, optimizer, schedule, dtype=dtype, layout=layout)
+    step = make_step(module, optimizer, schedule, dtype=dtype, layout=layout, loss=loss)
     compiled = compile_step(step, abstract_weights(module, optimizer, layout), batch, layout)
     metrics = []
     for number in range(steps):
@@ -87,6 +88,15 @@ def test_a_mesh_and_parts_change_rounding_only(big_batch):
     expected, _ = big_batch
     metrics, _ = run({"fsdp": 2, "tensor": 2}, accumulation=2)
     np.testing.assert_allclose([m.loss for m in metrics], [m.loss for m in expected], rtol=1e-5)
+
+
+def test_a_loss_without_logits_changes_rounding_only(big_batch, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "CPU_BLOCK_LOGITS", 1)  # six blocks on one device, three on each of two
+    expected, _ = big_batch
+    for axes in ({"fsdp": 1}, {"fsdp": 2, "tensor": 2}):
+        metrics, _ = run(axes, loss="chunked")
+        np.testing.assert_allclose([m.loss for m in metrics], [m.loss for m in expected], rtol=1e-5)
+        np.testing.assert_allclose([m.grad_norm for m in metrics], [m.grad_norm for m in expected], rtol=1e-4)
 
 
 def test_bfloat16_computes_over_float32_weights(big_batch):
@@ -136,11 +146,12 @@ def test_loss_counts_only_next_tokens_of_the_same_document():
     logits = jax.random.normal(jax.random.key(0), (1, 5, 7))
     tokens = jnp.asarray([[1, 2, 3, 4, 5, 6]])
     segments = jnp.asarray([[1, 1, 1, 2, 2, 0]])
-    total, count = next_token_loss(logits, tokens, segments)
+    identity = Unembedding(jnp.eye(7), None, None)
+    total, count = next_token_loss(logits, identity, tokens, segments)
     each = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])[0]
     assert int(count) == 3
     np.testing.assert_allclose(total, each[jnp.asarray([0, 1, 3])].sum(), rtol=1e-6)
-    assert next_token_loss(logits, tokens, jnp.zeros_like(segments)) == (0.0, 0)
+    assert next_token_loss(logits, identity, tokens, jnp.zeros_like(segments)) == (0.0, 0)
 
 
 def test_a_packed_document_has_the_logits_it_has_alone():

@@ -1,0 +1,115 @@
+"""The one list of grouped products and of products with adapters, for tests, benches and tuning."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from meshloom.pallas_kernels.matmul.lora import LoraPages
+from meshloom.pallas_kernels.matmul.qarray import QArray, quantize
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedCase:
+    """One call of `grouped_matmul`.
+
+    Attributes:
+        sizes: rows of each group; they may sum to less than `rows`.
+        quantized: weights are int8.
+    """
+
+    name: str
+    sizes: tuple[int, ...]
+    rows: int = 48
+    contracted: int = 24
+    columns: int = 40
+    dtype: str = "float32"
+    transposed: bool = True
+    quantized: bool = False
+
+    def arrays(self, seed: int = 0) -> tuple[jax.Array, jax.Array | QArray, jax.Array]:
+        """x [M, K], w [E, N, K] if transposed and else [E, K, N], and the group sizes."""
+        rng = np.random.default_rng(seed)
+        x = jnp.asarray(rng.normal(size=(self.rows, self.contracted)), self.dtype)
+        sides = (self.columns, self.contracted) if self.transposed else (self.contracted, self.columns)
+        w = jnp.asarray(rng.normal(size=(len(self.sizes), *sides)), self.dtype)
+        return x, quantize(w) if self.quantized else w, jnp.asarray(self.sizes, jnp.int32)
+
+
+GROUPED_CASES = (
+    GroupedCase("even", (16, 16, 16)),
+    GroupedCase("plain", (16, 0, 20), transposed=False),
+    GroupedCase("empty_groups", (0, 20, 0)),
+    GroupedCase("all_in_one", (0, 48, 0)),
+    GroupedCase("rows_past_the_last", (7, 0, 12)),
+    GroupedCase("no_rows_in_any", (0, 0, 0)),
+    GroupedCase("more_than_rows", (30, 30, 30)),
+    GroupedCase("one_row", (0, 1, 0), rows=1),
+    GroupedCase("more_groups_than_rows", (1, 0, 1, 0, 0, 1, 0, 0, 1), rows=5),
+    GroupedCase("tiles_shared_by_groups", (100, 3, 0, 125, 40, 60), rows=330, contracted=64),
+    GroupedCase("tiles_shared_plain", (100, 3, 0, 125, 40, 60), rows=330, contracted=64, transposed=False),
+    GroupedCase("columns_in_tiles", (40, 90), rows=150, contracted=40, columns=2100),
+    GroupedCase("quantized", (16, 0, 20), quantized=True),
+    GroupedCase("quantized_plain", (16, 0, 20), quantized=True, transposed=False),
+    GroupedCase("bfloat16", (100, 0, 30, 60), rows=200, contracted=128, columns=136, dtype="bfloat16"),
+    GroupedCase("bfloat16_plain", (9, 30), dtype="bfloat16", transposed=False),
+    GroupedCase("bfloat16_quantized", (9, 30), dtype="bfloat16", quantized=True),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraCase:
+    """One call of `lora_matmul`.
+
+    Attributes:
+        ranks: of each adapter.
+        adapters: of each row, repeated to `rows`.
+        pages: in the pool, of which each adapter owns some anywhere.
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+    adapters: tuple[int, ...]
+    rows: int = 24
+    contracted: int = 20
+    columns: int = 28
+    pages: int = 40
+    dtype: str = "float32"
+
+    def arrays(self, seed: int = 0) -> tuple[jax.Array, LoraPages, jax.Array]:
+        """x [M, K], the adapters, and the adapter of each row."""
+        rng = np.random.default_rng(seed)
+
+        def normal(*shape: int) -> jax.Array:
+            return jnp.asarray(rng.normal(size=shape), self.dtype)
+
+        lora = LoraPages.empty(
+            self.pages,
+            self.contracted,
+            self.columns,
+            adapters=len(self.ranks),
+            most_rank=max(1, *self.ranks),
+            dtype=self.dtype,
+        )
+        # Pages that nobody owns, and entries of the table past a rank, hold what must not be read.
+        lora = dataclasses.replace(lora, a=lora.a + jnp.nan, b=lora.b + jnp.nan, table=lora.table - 1)
+        free = rng.permutation(self.pages).astype(np.int32)
+        for adapter, rank in enumerate(self.ranks):
+            if rank:
+                own, free = jnp.asarray(free[:rank]), free[rank:]
+                a, b = normal(rank, self.contracted), normal(self.columns, rank)
+                lora = lora.load(adapter, own, a, b, alpha=2.0 * (adapter + 1))
+        return normal(self.rows, self.contracted), lora, jnp.asarray(np.resize(self.adapters, self.rows), jnp.int32)
+
+
+LORA_CASES = (
+    LoraCase("one_adapter", (4,), (0,)),
+    LoraCase("ranks_differ", (8, 1, 3), (0, 1, 2)),
+    LoraCase("some_rows_have_none", (4, 2, 8), (2, -1, 0, -1, -1)),
+    LoraCase("no_row_has_one", (4, 2, 8), (-1, 7)),
+    LoraCase("an_adapter_of_rank_0", (4, 0, 8), (1, 0, 2)),
+    LoraCase("more_adapters_than_rows", (2,) * 7, (6, 3, -1, 3, 0), rows=5),
+    LoraCase("one_row", (2, 5), (1,), rows=1),
+    LoraCase("bfloat16", (8, 1, 16), (2, 0, 1, -1), dtype="bfloat16", contracted=64, columns=96),
+)

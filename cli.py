@@ -263,9 +263,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = parse(COMMANDS[name], arguments[words:], prog=f"meshloom {name}")
         as_json = command.json
         from meshloom import commands
-        from meshloom.core.ahead import without_tpu
+        from meshloom.core.ahead import compilers_only
 
-        without_tpu()
+        compilers_only()
         result = getattr(commands, name.replace(" ", "_"))(command)
         if as_json and result is not None:
             print(json.dumps(result))

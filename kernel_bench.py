@@ -4,10 +4,18 @@ import dataclasses
 import pathlib
 import sys
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from meshloom import cli
@@ -28,29 +36,32 @@ def bench_kernels(command: cli.BenchKernels) -> dict[str, Any]:
     if command.target != "cpu" and command.target not in _ONE_CHIP:
         raise ConfigError(f"--target {command.target}: kernels are compared for cpu, {', '.join(_ONE_CHIP)}")
     console = Console(stderr=True, quiet=command.json)
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     rows = []
-    with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console, transient=True) as progress:
-        progress.add_task(f"kernels for {command.target}", total=None)
-        for row in _rows(command.target, folder):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress,
+    ):
+        expected, found = _comparison(command.target, pathlib.Path(folder))
+        for row in progress.track(found, expected, description=f"kernels for {command.target}"):
             rows.append(dataclasses.asdict(row))
     if not command.json:
         Console(width=None if sys.stdout.isatty() else 180).print(_table(command.target, rows))
     return {"target": command.target, "kernels": rows}
 
 
-def _rows(target: str, folder: str) -> Any:
+def _comparison(target: str, folder: pathlib.Path) -> tuple[int, Iterator[Any]]:
+    """How many rows there will be, and the rows."""
+    if target != "cpu":
+        devices = parse_devices(_ONE_CHIP[target])
+        if (missing := compiler_missing(devices)) is not None:
+            raise ConfigError(missing)
+        dump_bundles(folder)  # before anything below loads the compiler
+    from meshloom.pallas_kernels import bench
+
     if target == "cpu":
-        from meshloom.pallas_kernels.bench import attention_on_cpu
-
-        return attention_on_cpu()
-    devices = parse_devices(_ONE_CHIP[target])
-    if (missing := compiler_missing(devices)) is not None:
-        raise ConfigError(missing)
-    dump_bundles(folder)
-    from meshloom.pallas_kernels.bench import attention_on_tpu
-
-    return attention_on_tpu(devices, pathlib.Path(folder))
+        return bench.CPU_ROWS, bench.attention_on_cpu()
+    return bench.TPU_ROWS, bench.attention_on_tpu(devices, folder)
 
 
 def _table(target: str, rows: list[dict[str, Any]]) -> Table:

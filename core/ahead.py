@@ -109,7 +109,7 @@ def target_devices(devices: Devices) -> list[jax.Device]:
     if devices.platform == "cpu":
         simulate_cpu_devices(devices.count)
         return jax.devices()
-    without_tpu()
+    compilers_only()
     found = list((_tpu if _kind(devices) == "tpu" else _gpu)(devices).devices)
     if len(found) != devices.count:
         raise ConfigError(f"the compiler knows {len(found)} devices where the table has {devices.count}")
@@ -184,13 +184,21 @@ _NO_TPU = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+# JAX's CUDA plugin refuses to load where it finds no driver, its compiler with it.
+_NO_GPU = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
 
 
-def without_tpu() -> None:
-    """On a machine without a TPU, makes libtpu start as a compiler only, at once and silently.
+def compilers_only() -> None:
+    """Makes libtpu and the CUDA plugin start as compilers only, at once and silently, where their hardware is absent.
 
     Call it before anything has used JAX. What the user has set in the environment stays.
     """
     if not (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")):
-        for name, value in _NO_TPU.items():
-            os.environ.setdefault(name, value)
+        _set_if_unset(_NO_TPU)
+    if not glob.glob("/dev/nvidia*"):
+        _set_if_unset(_NO_GPU)
+
+
+def _set_if_unset(variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)

@@ -30,6 +30,19 @@ class Target:
         return cls(getattr(device, "platform", None), device.device_kind)
 
 
+# They have 16 MiB of fast (vector) memory; v5p and TPU7x 64, v5e and v6e 128.
+_LITTLE_MEMORY = ("TPU v2", "TPU v3", "TPU v4")
+
+
+def tpu_why_not(target: Target) -> str | None:
+    """Why kernels that hold tens of megabytes in a TPU's fast memory cannot run there, or None."""
+    if target.platform != "tpu":
+        return f"it runs on TPUs, not on {target.platform or 'a device that no mesh in scope names'}"
+    if str(target.device_kind).startswith(_LITTLE_MEMORY):
+        return f"{target.device_kind} has too little fast memory"
+    return None
+
+
 def may_be_spread() -> bool:
     """Whether the mesh in scope leaves it to XLA to spread arrays over devices; not inside shard_map."""
     mesh = jax.sharding.get_abstract_mesh()

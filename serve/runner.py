@@ -5,7 +5,6 @@ device and one back, and that the module's state is flattened once. Sees chunks 
 the module it runs sees no mesh.
 """
 
-import contextlib
 from collections.abc import Callable
 
 import jax
@@ -16,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from meshloom.core.compile import compile_ahead
+from meshloom.core.topology import make_mesh
 from meshloom.serve.packing import StepShape, pack, unpack
 from meshloom.serve.sampler import sample
 from meshloom.serve.scheduler import Chunk
@@ -70,9 +70,15 @@ class Runner:
         packed = jax.ShapeDtypeStruct((shape.size,), jnp.int32, sharding=self._replicated())
         results = self._replicated(), [x.sharding for x in pages]
         program = jax.jit(self._program(shape), donate_argnums=1, out_shardings=results)
-        # Kernels choose what runs by the mesh in scope.
-        with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
+        with jax.set_mesh(self._scope()):
             return program.lower(self._leaves, pages, packed)
+
+    def _scope(self) -> Mesh:
+        """The mesh by which kernels choose what runs: the one given, or that of the one device."""
+        if self._mesh is not None:
+            return self._mesh
+        (device,) = {device for leaf in self._leaves for device in leaf.devices()}
+        return make_mesh({"tensor": 1}, [device])
 
     def _pages(self) -> list[jax.ShapeDtypeStruct]:
         """The cache's arrays, as shapes with shardings."""

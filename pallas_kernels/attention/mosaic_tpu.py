@@ -24,7 +24,7 @@ from meshloom.pallas_kernels.attention import spread
 from meshloom.pallas_kernels.attention.kernel import MASKED, Scoring
 from meshloom.pallas_kernels.attention.spec import AttentionSpec, Mask
 from meshloom.pallas_kernels.attention.visits import ACTIVE, FIRST, LAST, MASKED_IN_PART, Blocks
-from meshloom.pallas_kernels.dispatch import Target, may_be_spread
+from meshloom.pallas_kernels.dispatch import Target, may_be_spread, tpu_why_not
 
 LANES = 128
 LOG2_E = math.log2(math.e)
@@ -38,8 +38,10 @@ VMEM_LIMIT = 100 * 2**20
 
 def why_not(spec: AttentionSpec, target: Target) -> str | None:
     """The reason this kernel cannot run, or None."""
-    if target.platform != "tpu":
-        return f"it runs on TPUs, not on {target.platform or 'a device that no mesh in scope names'}"
+    if reason := tpu_why_not(target):
+        return reason
+    if spec.dtype not in ("bfloat16", "float32"):
+        return f"it multiplies bfloat16 and float32, not {spec.dtype}"
     if spec.bias_shape is not None:
         return "it has no additive bias"
     return spread.why_not(spec) if may_be_spread() else None

@@ -42,16 +42,17 @@ from meshloom.pallas_kernels.attention.visits import FIRST, LAST, Blocks
 BLOCK_Q, BLOCK_KV = 1024, 1024
 # Bundles of a pair on the diagonal on v6e: 4,092, with 512 queries 4,613.
 STRIP = 256
-# Vector memory for dq of one head, float32, of which two are held: one is written back while the next one gathers.
-HELD_LIMIT = 32 * 2**20
+# Bytes of vector memory for dq of one head, which is float32. With blocks of float32 v5p's 64 MiB hold no more.
+HELD_LIMIT = {"bfloat16": 32 * 2**20, "float32": 16 * 2**20}
 
 
 def why_not(spec: AttentionSpec) -> str | None:
     """The reason this kernel cannot run beside those of the forward one, or None."""
     held = -(-spec.q_shape[1] // LANES) * LANES * -(-spec.q_shape[3] // LANES) * LANES * 4
-    if held <= HELD_LIMIT:
+    limit = HELD_LIMIT[spec.dtype]
+    if held <= limit:
         return None
-    return f"the gradient of a head's {spec.q_shape[1]} queries takes {held:,} bytes of at most {HELD_LIMIT:,}"
+    return f"the gradient of a head's {spec.q_shape[1]} queries takes {held:,} bytes of at most {limit:,}"
 
 
 def backward(

@@ -1,6 +1,7 @@
 """Programs for hardware that is elsewhere: the real compilers, asked here."""
 
 import importlib.util
+from fnmatch import fnmatch
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +14,8 @@ from meshloom.core.ahead import compiler_missing, compiler_options, target_devic
 from meshloom.core.errors import ConfigError
 from meshloom.core.program_report import OutOfMemoryError, compile_and_report
 from meshloom.core.topology import make_mesh, parse_devices
+from tests.compilers import needs_cuda, needs_tpu
 
-needs_tpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler for TPUs, is not installed"
-)
-needs_cuda = pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda13_plugin") is None,
-    reason="JAX's CUDA plugin (4.7 GB with its libraries) is not installed",
-)
 FOR_TPU = pytest.param("v5e:2x2", marks=needs_tpu)
 FOR_GPU = pytest.param("h100:8", marks=needs_cuda)
 
@@ -103,3 +98,25 @@ def test_every_gpu_target_is_in_the_hardware_table():
         assert gpu.name.lower().startswith(chip.kinds[0][:11])
         np.testing.assert_allclose(gpu.memory, chip.hbm_bytes, rtol=0.08)
         assert f"core_count: {gpu.cores}" in ahead.target_config(gpu, chip.hbm_bandwidth)
+
+
+@pytest.mark.parametrize(
+    ("attached", "expected"),
+    [
+        ((), {"TPU_SKIP_MDS_QUERY": "1", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}),
+        (("/dev/nvidia0",), {"TPU_SKIP_MDS_QUERY": "1"}),
+        (("/dev/vfio/0", "/dev/nvidia0"), {}),
+    ],
+)
+def test_a_plugin_starts_as_a_compiler_only_where_its_hardware_is_absent(monkeypatch, attached, expected):
+    monkeypatch.setattr(ahead.glob, "glob", lambda pattern: [path for path in attached if fnmatch(path, pattern)])
+    monkeypatch.setattr(ahead.os, "environ", variables := {})
+    ahead.compilers_only()
+    assert {name: value for name, value in variables.items() if "SKIP" in name} == expected
+
+
+def test_what_the_user_has_set_stays(monkeypatch):
+    monkeypatch.setattr(ahead.glob, "glob", lambda pattern: [])
+    monkeypatch.setattr(ahead.os, "environ", variables := {"TPU_SKIP_MDS_QUERY": "0"})
+    ahead.compilers_only()
+    assert variables["TPU_SKIP_MDS_QUERY"] == "0"

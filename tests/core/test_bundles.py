@@ -1,6 +1,5 @@
 """Schedules of TPU kernels are read as the compiler wrote them."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import pytest
 
 from meshloom.core.bundles import Region, kernel_regions, regions
 from meshloom.core.errors import ConfigError
+from tests.compilers import needs_tpu
 
 SCHEDULE = """
 LB: loop body
@@ -23,11 +23,11 @@ MULTIPLIES = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import pallas as pl
-from meshloom.core.ahead import target_devices, without_tpu
+from meshloom.core.ahead import target_devices, compilers_only
 from meshloom.core.bundles import dump_bundles
 from meshloom.core.topology import parse_devices
 dump_bundles(sys.argv[1])
-without_tpu()
+compilers_only()
 mesh = jax.sharding.Mesh(np.array(target_devices(parse_devices("v5e:1x1"))), ("x",))
 x = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16, sharding=jax.NamedSharding(mesh, jax.P()))
 
@@ -51,7 +51,7 @@ def test_a_folder_without_the_kernel_is_named(tmp_path):
         kernel_regions(tmp_path, "flash")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU's compiler, is not installed")
+@needs_tpu
 def test_a_product_of_256_takes_the_array_as_many_pushes_as_it_has_tiles(tmp_path):
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", MULTIPLIES, str(tmp_path)]

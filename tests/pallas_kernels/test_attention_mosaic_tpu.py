@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 import math
 
 import jax
@@ -21,10 +20,8 @@ from meshloom.pallas_kernels.attention.kernel import Kernel, row_products
 from meshloom.pallas_kernels.attention.spec import AttentionSpec
 from meshloom.pallas_kernels.attention.spread import over_mesh
 from meshloom.pallas_kernels.dispatch import Target, explain
+from tests.compilers import needs_tpu
 
-needs_tpu_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler for TPUs, is not installed"
-)
 CASES = [case for case in ATTENTION_CASES if case.bias is None and not case.sinks]
 SIMULATED = [case for case in CASES if case.name in ("several_blocks", "segments_skip_blocks", "no_key_in_reach")]
 
@@ -98,18 +95,19 @@ def compiled_for(chip: str, case: AttentionCase, axes: str = "fsdp=1"):
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v, mask).compile().as_text()
 
 
-EVERYTHING = {"q_len": 512, "kv_len": 512, "segments": 2, "lens": (300, 512), "soft_cap": 20.0, "dtype": "bfloat16"}
+EVERYTHING = {"segments": 2, "soft_cap": 20.0, "dtype": "bfloat16"}
 
 
-@needs_tpu_compiler
+@needs_tpu
 @pytest.mark.parametrize("chip", ["v5e:1x1", "v5p:1x1x1", "v6e:1x1", "tpu7x:1x1x1"])
-def test_both_kernels_compile_for_each_chip_and_are_chosen_there(chip, small_blocks):
-    text = compiled_for(chip, AttentionCase("all", head_dim=128, value_dim=128, window=200, **EVERYTHING))
+def test_both_kernels_compile_for_each_chip_and_are_chosen_there(chip):
+    sizes = {"q_len": 2048, "kv_len": 2048, "head_dim": 128, "value_dim": 128, "lens": (300, 2048)}
+    text = compiled_for(chip, AttentionCase("all", window=200, **sizes, **EVERYTHING))
     assert "attention_forward" in text
     assert "attention_backward" in text
 
 
-@needs_tpu_compiler
+@needs_tpu
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (80, 80), (96, 96), (192, 128), (256, 256)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_every_head_size_compiles(head_dim, value_dim, dtype, small_blocks):
@@ -130,6 +128,11 @@ def test_the_table_says_why_not():
     assert "it runs on TPUs, not on cpu" in reason(Target("cpu", "cpu"), **plain)
     assert "no additive bias" in reason(on_tpu, bias_shape=(1, 8, 4096, 4096), mask=Mask())
     assert "takes 536,870,912 bytes" in reason(on_tpu, **plain, q_shape=(1, 2**20, 8, 128))
+    long = {"q_shape": (1, 2**16, 8, 128)}
+    assert reason(on_tpu, **plain, **long) is None
+    assert "of at most 16,777,216" in reason(on_tpu, **plain, **long, dtype="float32")
+    assert "not float16" in reason(on_tpu, **plain, dtype="float16")
+    assert "TPU v4 has too little fast memory" in reason(Target("tpu", "TPU v4"), **plain)
     with jax.set_mesh(make_mesh("fsdp=4,tensor=2")):
         assert "1 rows of the batch do not divide over 4 devices" in reason(on_tpu, **plain)
         assert reason(on_tpu, **plain, q_shape=(4, 4096, 8, 128)) is None
@@ -153,9 +156,9 @@ def test_a_kernel_over_a_mesh_is_the_kernel(mesh, name, monkeypatch):
     assert_close(case, got)
 
 
-@needs_tpu_compiler
+@needs_tpu
 def test_on_a_mesh_of_tpus_the_kernels_run_on_each_ones_heads(small_blocks):
-    sizes = {"batch": 4, "heads": 8, "kv_heads": 4, "head_dim": 128, "value_dim": 128}
-    text = compiled_for("v5e:2x4", AttentionCase("mesh", **sizes, **EVERYTHING | {"lens": None}), "fsdp=4,tensor=2")
+    sizes = {"batch": 4, "q_len": 512, "kv_len": 512, "heads": 8, "kv_heads": 4, "head_dim": 128, "value_dim": 128}
+    text = compiled_for("v5e:2x4", AttentionCase("mesh", **sizes, **EVERYTHING), "fsdp=4,tensor=2")
     assert "attention_backward" in text
     assert "bf16[1,4,512,128]" in text  # one row, half of the heads

@@ -1,6 +1,5 @@
 """The kernel bench compares like with like."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,6 +12,7 @@ from meshloom.core.bundles import Region
 from meshloom.kernel_bench import bench_kernels
 from meshloom.pallas_kernels import bench
 from meshloom.pallas_kernels.attention.visits import Blocks
+from tests.compilers import needs_tpu
 
 
 def test_cycles_are_bundles_times_how_often_they_run():
@@ -52,7 +52,7 @@ def test_an_unknown_target_is_answered_with_those_there_are(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU's compiler, is not installed")
+@needs_tpu
 @pytest.mark.parametrize(("target", "forward", "backward"), [("v6e", 0.72, 0.72), ("v5e", 0.88, 0.88)])
 def test_attention_takes_no_more_cycles_than_splash_at_its_best(target, forward, backward):
     command = [sys.executable, "-m", "meshloom.cli", "bench", "kernels", "--target", target, "--json"]

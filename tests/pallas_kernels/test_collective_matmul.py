@@ -23,10 +23,8 @@ from meshloom.pallas_kernels import all_gather_matmul, matmul_reduce_scatter
 from meshloom.pallas_kernels.dispatch import Target, explain
 from meshloom.pallas_kernels.matmul.collective import ALL_GATHER_MATMUL, MATMUL_REDUCE_SCATTER, mosaic_tpu
 from meshloom.pallas_kernels.matmul.collective.spec import CollectiveSpec
+from tests.compilers import needs_tpu
 
-needs_tpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler for TPUs, is not installed"
-)
 # What each function takes and gives on a mesh of `data` and `tensor`: x, w and the result.
 SPECS = {
     all_gather_matmul: ((P("data", "tensor"), P("tensor")), P("data", None, "tensor")),

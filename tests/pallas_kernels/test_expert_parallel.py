@@ -1,7 +1,6 @@
 """Experts spread over devices give what one device gives, in values and gradients, and no row is lost."""
 
 import functools
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from meshloom.core.topology import make_mesh, parse_devices
 from meshloom.pallas_kernels import expert_parallel, grouped_matmul
 from meshloom.pallas_kernels.dispatch import Implementation
 from meshloom.pallas_kernels.matmul import expert_parallel as module
+from tests.compilers import needs_tpu
 
 EXPERTS, D, F = 16, 12, 20
 
@@ -94,9 +94,7 @@ def test_ragged_exchanges_bring_every_row_there_and_back(monkeypatch):
     np.testing.assert_allclose(got, alone(x, expert, up, down), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler for TPUs, is not installed"
-)
+@needs_tpu
 def test_tpus_exchange_no_more_rows_than_there_are():
     mesh = make_mesh({"expert": 4}, target_devices(parse_devices("v5e:2x2")))
     over = jax.sharding.NamedSharding(mesh, P("expert"))

@@ -1,7 +1,6 @@
 """Every implementation of `grouped_matmul` means what the float32 reference says, in values and gradients."""
 
 import functools
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +22,7 @@ from meshloom.pallas_kernels.matmul.grouped.reference import REFERENCE
 from meshloom.pallas_kernels.matmul.grouped.schedule import visits
 from meshloom.pallas_kernels.matmul.grouped.spec import GroupedSpec, Kernel
 from meshloom.pallas_kernels.matmul.grouped.xla import LOOP, RAGGED
+from tests.compilers import needs_tpu
 
 TPU = Target("tpu", "TPU v5 lite")
 
@@ -194,9 +194,7 @@ def test_every_row_is_visited_once_by_its_own_group(sizes, shape, groups_all):
     assert np.all(np.diff(groups[:count]) >= 0)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler for TPUs, is not installed"
-)
+@needs_tpu
 @pytest.mark.parametrize("chip", ["v5e:1x1", "v5p:2x1x1", "v6e:1x1", "tpu7x:2x2x1"])
 @pytest.mark.parametrize("quantized", [False, True], ids=["bfloat16", "int8"])
 def test_tpus_compile_it_with_both_gradients(chip, quantized):

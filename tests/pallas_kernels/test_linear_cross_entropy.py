@@ -1,6 +1,5 @@
 """Cross entropy over blocks of a vocabulary is that of all its logits, on one device and on meshes, in less memory."""
 
-import importlib.util
 import math
 
 import jax
@@ -22,6 +21,7 @@ from meshloom.pallas_kernels.cross_entropy import CROSS_ENTROPY, Split, _check, 
 from meshloom.pallas_kernels.cross_entropy.cases import CROSS_ENTROPY_CASES, CrossEntropyCase
 from meshloom.pallas_kernels.cross_entropy.spec import CrossEntropySpec
 from meshloom.pallas_kernels.dispatch import Target, explain
+from tests.compilers import needs_tpu
 
 # How the same call may lie on eight devices: with the vocabulary split, stored, both, over one axis of rows or several.
 SPLITS = {
@@ -180,9 +180,7 @@ def test_blocks_take_a_fraction_of_the_memory_of_the_logits():
     assert chunked < reference / 8
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler for TPUs, is not installed"
-)
+@needs_tpu
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
 def test_a_tpu_keeps_a_block_of_logits(chip, monkeypatch):
     monkeypatch.setattr(spec, "BLOCK_LOGITS", 2**20)

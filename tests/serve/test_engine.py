@@ -13,11 +13,14 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
+from meshloom import pallas_kernels as kernels
 from meshloom.core.compile import CompileGuard
 from meshloom.core.errors import ConfigError, MeshloomError, ModelError, RequestError
+from meshloom.models import sequence
 from meshloom.models.config import EncoderDecoderConfig
 from meshloom.models.decoder import Decoder
 from meshloom.models.language_model import LanguageModel
+from meshloom.pallas_kernels.dispatch import Target
 from meshloom.serve.config import EngineConfig
 from meshloom.serve.engine import Engine
 from meshloom.serve.request import SamplingParams
@@ -297,3 +300,16 @@ def test_close_can_wait_for_what_runs(lm, prompts, expected):
     engine.submit(engine.prepare(prompts[0], GREEDY), deltas.append)
     engine.close(drain_seconds=30)
     assert [token for delta in deltas for token in delta.token_ids] == expected[0]
+
+
+def test_kernels_of_an_engine_without_a_mesh_see_its_device(lm, monkeypatch):
+    seen = []
+
+    def paged_attention(*arguments, **options):
+        seen.append(Target.of_mesh().platform)
+        return kernels.paged_attention(*arguments, **options)
+
+    monkeypatch.setattr(sequence, "paged_attention", paged_attention)
+    assert lm.mesh is None
+    with Engine(lm, SMALL):
+        assert set(seen) == {"cpu"}

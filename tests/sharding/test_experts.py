@@ -7,7 +7,6 @@ same training step, so that only the layout differs.
 
 import dataclasses
 import functools
-import importlib.util
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from meshloom.sharding import Layout, derive
 from meshloom.train.config import TrainConfig
 from meshloom.train.optimizer import make_optimizer, make_schedule
 from meshloom.train.step import abstract_batch, abstract_weights, lower_step, make_step
+from tests.compilers import needs_cuda, needs_tpu
 
 # Last part of a parameter's path -> logical axes of its dimensions without the stack of layers. Weights are [out, in].
 LOGICAL = {
@@ -129,10 +129,7 @@ def compare(model: str, target: str, mesh: str, length: int, **sizes: Any) -> No
         assert ours[1] <= hand[1] * 1.001
 
 
-needs = {
-    kind: pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
-    for kind, package in (("v", "libtpu"), ("h", "jax_cuda13_plugin"))
-}
+needs = {"v": needs_tpu, "h": needs_cuda}
 
 
 @needs["v"]

@@ -20,12 +20,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from meshloom.pallas_kernels.dispatch import Target
+from meshloom.pallas_kernels.dispatch import Target, tpu_why_not
 from meshloom.pallas_kernels.matmul.collective.spec import CollectiveSpec
 
-# What shards and blocks may take of fast memory; v5e and v6e have 128 MiB, v5p and TPU7x 64, older chips 16.
+# What shards and blocks may take of fast memory.
 VMEM_LIMIT = 48 * 2**20
-TOO_SMALL = ("TPU v2", "TPU v3", "TPU v4")
 LANES = 128
 # Kernels that run at the same time need numbers of their own; this one is like no other kernel's of Meshloom.
 COLLECTIVE_ID = 11
@@ -34,10 +33,8 @@ TO_NEXT, TO_PREVIOUS = 0, 1
 
 def why_not(spec: CollectiveSpec, target: Target) -> str | None:
     """The reason this kernel cannot run, or None."""
-    if target.platform != "tpu":
-        return f"it runs on TPUs, not on {target.platform or 'a device that no mesh in scope names'}"
-    if str(target.device_kind).startswith(TOO_SMALL):
-        return f"{target.device_kind} has too little fast memory"
+    if reason := tpu_why_not(target):
+        return reason
     if spec.devices == 1:
         return "one device has no ring"
     if spec.checked:

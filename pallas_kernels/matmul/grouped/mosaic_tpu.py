@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from meshloom.pallas_kernels.dispatch import Target
+from meshloom.pallas_kernels.dispatch import Target, tpu_why_not
 from meshloom.pallas_kernels.matmul.grouped.schedule import Visits, visits
 from meshloom.pallas_kernels.matmul.grouped.spec import GroupedSpec, Kernel
 from meshloom.pallas_kernels.matmul.grouped.tiles import LIMIT, Tiles, outer_tiles, product_tiles
@@ -30,8 +30,8 @@ _PREFETCHED = 6  # arrays of Visits
 
 def mosaic_why_not(spec: GroupedSpec, target: Target) -> str | None:
     """A TPU, one device's arrays, dtypes the multiplier has, and tiles that fit."""
-    if target.platform != "tpu":
-        return "for TPUs"
+    if reason := tpu_why_not(target):
+        return reason
     if spec.spread:
         return "XLA cannot spread a kernel over devices; call it inside shard_map"
     if spec.x not in _FLOATS or spec.weight not in (spec.x, "int8"):

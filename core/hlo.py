@@ -17,6 +17,7 @@ _BITS = {
 }  # fmt: skip
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
+_END = re.compile(r"\}(?:, execution_thread=.*)?")  # of a computation
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)\}?")
 
 
@@ -146,14 +147,16 @@ class Module:
 def parse(text: str) -> Module:
     """Reads `Compiled.as_text()`."""
     computations: dict[str, Computation] = {}
-    entry, name, lines = "", "", list[Instruction]()
+    entry, name, lines = "", "", list[str]()
     for line in text.splitlines():
-        if line.startswith("}") and name:
-            computations[name] = Computation(name, tuple(lines))
+        if name and _END.fullmatch(line):
+            found = (_instruction(each) for each in lines)
+            computations[name] = Computation(name, tuple(each for each in found if each is not None))
             name = ""
-        elif name:
-            if (instruction := _instruction(line)) is not None:
-                lines.append(instruction)
+        elif name and line.startswith("  "):
+            lines.append(line)
+        elif name and lines:  # what kernels say of themselves may hold ends of lines
+            lines[-1] += line
         elif line.endswith("{") and (match := re.match(r"(ENTRY )?%?([\w.\-]+) \(", line)):
             name, lines = match[2], []
             entry = name if match[1] else entry

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from meshloom.core.config import nearest
+from meshloom.core.device_order import arranged
 from meshloom.core.errors import ConfigError, ShardingError
 from meshloom.core.hardware import CHIPS, Chip, chip_named, chip_of_kind, cpu_chip
 from meshloom.core.measure import measured_cpu
@@ -28,13 +29,18 @@ class Devices:
     """A parsed device string: `platform` "local", "cpu" or a chip of the table, and the shape of each slice or node.
 
     Attributes:
-        slices: how many slices ("2xv5e:16x16" has 2) or nodes.
-        shape: chips of one slice, () for "local", whose devices are whatever JAX finds.
+        shape: chips of one slice, or nodes x GPUs of all islands; () for "local", whose devices are whatever JAX finds.
+        slices: how many slices ("2xv5e:16x16" has 2).
+        islands: clusters of GPUs that only a line joins ("2xh100:16x8@25" has 2, of 16 nodes each).
+        link: bytes/s, one direction, that all devices of an island or slice have together to the others; None for what
+            the table says of slices.
     """
 
     platform: str
     shape: tuple[int, ...] = ()
     slices: int = 1
+    islands: int = 1
+    link: float | None = None
 
     @property
     def count(self) -> int:
@@ -44,24 +50,44 @@ class Devices:
 
 
 def parse_devices(text: str) -> Devices:
-    """Reads "local", "cpu:8", "v5e:4x4", "2xv5e:16x16", "h100:8" or "h100:16x8" (nodes x GPUs).
+    """Reads "local", "cpu:8", "v5e:4x4", "2xv5e:16x16", "h100:8", "h100:16x8" (nodes x GPUs) or "2xh100:16x8@25".
+
+    The last is two islands of 16 nodes, each with a line of 25 GB/s to the other for all of its GPUs together. "@" says
+    the same of TPU slices, "2xv5e:16x16@100", in place of the table's figure.
 
     Raises:
-        ConfigError: the string has another form, or names a chip that is not in the table.
+        ConfigError: the string has another form, names a chip that is not in the table, or a line that joins nothing.
     """
     if text == "local":
         return Devices("local")
-    match = re.fullmatch(r"(?:(\d+)x)?([a-z][a-z0-9-]*):(\d+(?:x\d+)*)", text)
+    if "+" in text:
+        raise ConfigError(
+            "a plan is for devices of one kind in equal groups, because shards of an array are equal; write equal "
+            f'islands of the slower chip and the smaller group, as in "2xa100:8x8@25"; got {text!r}'
+        )
+    match = re.fullmatch(r"(?:(\d+)x)?([a-z][a-z0-9-]*):(\d+(?:x\d+)*)(?:@(\d+(?:\.\d+)?))?", text)
     if not match:
-        raise ConfigError(f'devices are "local", "cpu:8", "v5e:4x4", "2xv5e:16x16" or "h100:8"; got {text!r}')
+        raise ConfigError(
+            'devices are "local", "cpu:8", "v5e:4x4", "2xv5e:16x16", "h100:8", "h100:16x8" or "2xh100:16x8@25"; '
+            f"got {text!r}"
+        )
     slices, platform, shape = int(match[1] or 1), match[2], tuple(int(n) for n in match[3].split("x"))
     if platform not in ("cpu", *CHIPS):
         raise ConfigError(f"unknown chip {platform!r} in {text!r}; {nearest(platform, ('cpu', *CHIPS))}")
     if min(slices, *shape) < 1:
         raise ConfigError(f"device counts must be at least 1; got {text!r}")
-    devices = Devices(platform, shape, slices)
+    link = None if match[4] is None else float(match[4]) * 1e9
+    if link is not None and (slices == 1 or platform not in CHIPS or link == 0):
+        raise ConfigError(
+            '"@" is the GB/s of the line between islands or slices, as in "2xh100:16x8@25", and more than 0; '
+            f"got {text!r}"
+        )
+    devices = Devices(platform, shape, slices, link=link)
     if platform in CHIPS and (problem := _impossible(CHIPS[platform], devices)):
         raise ConfigError(f"{problem}; got {text!r}")
+    if link is not None and CHIPS[platform].node_devices is not None:
+        nodes, gpus = (1, *shape)[-2:]
+        return Devices(platform, (slices * nodes, gpus), islands=slices, link=link)
     return devices
 
 
@@ -73,9 +99,16 @@ def _impossible(chip: Chip, devices: Devices) -> str | None:
     """Why there are no such slices or nodes, and what there is; or None."""
     shape, node = devices.shape, chip.node_devices
     if node is not None:
-        if len(shape) <= 2 and shape[-1] <= node and devices.slices == 1:
+        fits = len(shape) <= 2 and shape[-1] <= node
+        if fits and (devices.slices == 1 or devices.link is not None):
             return None
         example = f"{max(devices.count // node, 2)}x{node}"
+        if fits:
+            islands = f"{devices.slices}x{chip.name}:{'x'.join(map(str, shape))}@25"
+            return (
+                f"no data sheet has the line between islands; say its GB/s, as in {islands}; on one network, write "
+                f"nodes x GPUs, as in {chip.name}:{example}"
+            )
         return f"a node has at most {node} x {chip.name}; write nodes x GPUs, as in {chip.name}:{example}"
     if chip.torus == 2 and shape not in _FLAT_SLICES:
         return f"slices of {chip.name} are {', '.join('x'.join(map(str, each)) for each in _FLAT_SLICES)}"
@@ -87,8 +120,8 @@ def _impossible(chip: Chip, devices: Devices) -> str | None:
 
 
 # Seconds from a collective's start to its first byte, per step of a ring: assumed, of the order that vendors' own
-# latency tests report. They matter for small messages only.
-_LATENCY = {"ici": 1e-6, "nvlink": 3e-6, "network": 1e-5, "dcn": 1e-5}
+# latency tests report. They matter for small messages only. A line between islands: 200 km of fibre, 5 us each.
+_LATENCY = {"ici": 1e-6, "nvlink": 3e-6, "network": 1e-5, "dcn": 1e-5, "line": 1e-3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +129,8 @@ class Level:
     """Devices that reach each other at one speed.
 
     Attributes:
-        name: "ici" (a TPU slice), "dcn" (between slices), "nvlink" (a node, of any maker) or "network" (between nodes).
+        name: "ici" (a TPU slice), "dcn" (between slices), "nvlink" (a node, of any maker), "network" (between nodes) or
+            "line" (between islands).
         devices: how many devices reach each other without leaving this level, inner levels included.
         bandwidth: bytes/s of one device, one direction. latency: seconds per message.
     """
@@ -120,9 +154,15 @@ def network(devices: Devices, chip: Chip | None = None) -> tuple[Level, ...]:
         return (Level("memory", devices.count, chip.link_bandwidth, _LATENCY["ici"]),)
     inner, outer = ("ici", "dcn") if chip.node_devices is None else ("nvlink", "network")
     nodes = devices.slices * (1 if chip.node_devices is None else math.prod(devices.shape[:-1]))
-    levels = [Level(inner, devices.count // nodes, chip.link_bandwidth, _LATENCY[inner])]
-    if nodes > 1:
-        levels.append(Level(outer, devices.count, chip.network_bandwidth, _LATENCY[outer]))
+    node, island = devices.count // nodes, devices.count // devices.islands
+    levels = [Level(inner, node, chip.link_bandwidth, _LATENCY[inner])]
+    if island > node:
+        between = chip.network_bandwidth
+        if devices.islands == 1 and devices.link is not None:
+            between = devices.link / node
+        levels.append(Level(outer, island, between, _LATENCY[outer]))
+    if devices.islands > 1 and devices.link is not None:
+        levels.append(Level("line", devices.count, devices.link / island, _LATENCY["line"]))
     return tuple(levels)
 
 
@@ -227,7 +267,7 @@ def mesh_text(sizes: Mapping[str, int]) -> str:
 
 
 def make_mesh(axes: str | dict[str, int], devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh over `devices` (default: all of JAX's).
+    """A mesh over `devices` (default: all of JAX's), laid out along their network.
 
     Args:
         axes: sizes by axis name, as a dict or "fsdp=4,tensor=2"; names out of data, fsdp, expert, tensor; one size
@@ -237,8 +277,7 @@ def make_mesh(axes: str | dict[str, int], devices: list[jax.Device] | None = Non
     """
     devices = jax.devices() if devices is None else devices
     sizes = _sizes(axes, len(devices))
-    grid = np.asarray(devices).reshape(list(sizes.values()))
-    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    return Mesh(arranged(devices, list(sizes.values())), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def abstract_mesh(axes: str | dict[str, int], count: int) -> AbstractMesh:

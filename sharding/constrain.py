@@ -11,6 +11,8 @@ stays as it is.
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from meshloom.sharding.classes import find, leaves, leaves_of
 from meshloom.sharding.layout import Layout
+from meshloom.sharding.lookup import Table, axes_of, lookup
 from meshloom.sharding.module import is_array
 from meshloom.sharding.roles import Roles, infer
 from meshloom.sharding.trace import Program, Step, trace
@@ -32,10 +35,16 @@ _BODIES = {"scan": "jaxpr", "while": "body_jaxpr", "jit": "jaxpr", "remat2": "ja
 
 @dataclasses.dataclass(frozen=True)
 class _Wanted:
-    """Shardings for the first result of an equation, and for its first operand where that is a table."""
+    """What is wanted of an equation.
+
+    Attributes:
+        result: of its first result. table: of its first operand, where that is a table, whole where batches are split.
+        lookup: says that columns of the table stay where they are stored.
+    """
 
     result: NamedSharding
-    table: NamedSharding | None
+    table: NamedSharding | None = None
+    lookup: Table | None = None
 
 
 def plain(module: nnx.Module) -> Callable[..., Any]:
@@ -87,11 +96,12 @@ def _wanted(program: Program, layout: Layout) -> dict[int, _Wanted]:
         return NamedSharding(layout.mesh, PartitionSpec(rows, tokens)) if is_length else None
 
     lookups = [step for step in program.steps if _begins(step, roles)]
-    tables = [_gathered(step.inputs[0], program, layout) for step in lookups]
     joins = [step for step in roles.joins if step.equation is not None]  # a loop's carry has none
-    steps = [*zip(lookups, tables, strict=True), *((step, None) for step in joins)]
-    held = ((step, sharding(step.outputs[0]), table) for step, table in steps)
-    return {id(step.equation): _Wanted(split, table) for step, split, table in held if split is not None}
+    held = {id(step.equation): _Wanted(split) for step in joins if (split := sharding(step.outputs[0])) is not None}
+    for step in lookups:
+        if (split := sharding(step.outputs[0])) is not None:
+            held[id(step.equation)] = _of_table(step, split, program, layout)
+    return held
 
 
 def _begins(step: Step, roles: Roles) -> bool:
@@ -101,16 +111,38 @@ def _begins(step: Step, roles: Roles) -> bool:
     return any(roles.by_leaf.get(leaf) == "residual" for leaf in leaves_of(step.fact.columns))
 
 
-def _gathered(table: Value, program: Program, layout: Layout) -> NamedSharding | None:
-    """How a table is stored, but whole over the axes that split the batch: rows of it are needed on all of them.
+def _of_table(step: Step, result: NamedSharding, program: Program, layout: Layout) -> _Wanted:
+    """How a table is looked up: by columns where it is stored by them, else from a table that is whole over batches.
 
-    None for what is not a parameter as it is stored, in some dtype.
+    What is not a parameter as it is stored, in some dtype, is left alone.
     """
+    table = step.inputs[0]
     for index in table.parameters:
         if list(map(find, table.dims)) == list(map(find, program.parameters[index].dims)):
-            kept = (None if axis in ("data", "fsdp") else axis for axis in layout.rows[index].spec)
-            return NamedSharding(layout.mesh, PartitionSpec(*kept))
-    return None
+            spec = layout.rows[index].spec
+            if (columns := _by_columns(step.equation, result, spec)) is not None:
+                return _Wanted(result, lookup=columns)
+            kept = (None if axis in ("data", "fsdp") else axis for axis in spec)
+            return _Wanted(result, NamedSharding(layout.mesh, PartitionSpec(*kept)))
+    return _Wanted(result)
+
+
+def _by_columns(equation: JaxprEqn, result: NamedSharding, spec: PartitionSpec) -> Table | None:
+    """The lookup of whole rows of a matrix that is stored by columns; None for any other."""
+    if equation.primitive is not jax.lax.gather_p or len(spec) != 2:
+        return None
+    (rows, columns), table = (axes_of(entry) for entry in spec), equation.invars[0].aval
+    numbers, ids = equation.params["dimension_numbers"], equation.outvars[0].aval.ndim - 1
+    whole_rows = jax.lax.GatherDimensionNumbers(offset_dims=(ids,), collapsed_slice_dims=(0,), start_index_map=(0,))
+    if (numbers, equation.params["slice_sizes"]) != (whole_rows, (1, table.shape[1])):
+        return None
+    by_batch = [axis for entry in result.spec for axis in axes_of(entry)]
+    if not columns or not set(columns) <= set(by_batch) or set(rows) & set(by_batch):
+        return None
+    fill = None
+    if equation.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP:
+        fill = math.nan if equation.params["fill_value"] is None else equation.params["fill_value"]
+    return Table(result.mesh, PartitionSpec(*result.spec[:ids]), rows, columns, fill)
 
 
 def _rewritten(jaxpr: Jaxpr, wanted: dict[int, _Wanted], done: dict[int, Jaxpr]) -> Jaxpr:
@@ -133,7 +165,7 @@ def _rewritten(jaxpr: Jaxpr, wanted: dict[int, _Wanted], done: dict[int, Jaxpr])
 
 
 def _with_constraints(equation: JaxprEqn, want: _Wanted) -> list[JaxprEqn]:
-    """`equation` between constraints; the last one's result takes over the name of the equation's."""
+    """`equation`, or what does its work, between constraints; the last one's result takes over the name of its own."""
     before: list[JaxprEqn] = []
     (operand, *operands), (result, *results) = equation.invars, equation.outvars
     if want.table is not None:
@@ -141,12 +173,26 @@ def _with_constraints(equation: JaxprEqn, want: _Wanted) -> list[JaxprEqn]:
         before.append(_constraint(operand, whole, want.table, equation))
         operand = whole
     free = Var(result.aval)
-    within = equation.replace(invars=[operand, *operands], outvars=[free, *results])
+    if want.lookup is None:
+        within = equation.replace(invars=[operand, *operands], outvars=[free, *results])
+    else:
+        within = _in_place_of(equation, jax.jit(functools.partial(_looked_up, want.lookup))).replace(outvars=[free])
     return [*before, within, _constraint(free, result, want.result, equation)]
+
+
+def _looked_up(table: Table, weight: Any, starts: Any) -> Any:
+    """`lookup` of what a gather is given: ids have a last dimension of one."""
+    return lookup(table, weight, starts[..., 0])
 
 
 def _constraint(source: Any, target: Var, sharding: NamedSharding, beside: JaxprEqn) -> JaxprEqn:
     """`target = with_sharding_constraint(source, sharding)`, from the same line of the module as `beside`."""
-    example = jax.ShapeDtypeStruct(source.aval.shape, source.aval.dtype)
-    (equation,) = jax.make_jaxpr(lambda x: jax.lax.with_sharding_constraint(x, sharding))(example).eqns
-    return equation.replace(invars=[source], outvars=[target], source_info=beside.source_info)
+    constrain = functools.partial(jax.lax.with_sharding_constraint, shardings=sharding)
+    return _in_place_of(beside.replace(invars=[source], outvars=[target]), constrain)
+
+
+def _in_place_of(equation: JaxprEqn, function: Callable[..., Any]) -> JaxprEqn:
+    """One equation that computes `function` of the same operands, from the same line of the module."""
+    examples = (jax.ShapeDtypeStruct(each.aval.shape, each.aval.dtype) for each in equation.invars)
+    (made,) = jax.make_jaxpr(function)(*examples).eqns
+    return made.replace(invars=equation.invars, outvars=equation.outvars, source_info=equation.source_info)

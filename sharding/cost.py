@@ -15,7 +15,7 @@ Memory is what the program keeps, not what a compiler's allocator adds to it.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -184,18 +184,28 @@ class Pricer:
         time = count * collectives.seconds(kind, result, spans)
         return CollectiveCost(kind, axis, purpose, count, count * result, time, spans[-1].level if spans else "none")
 
-    def weights_and_gradients(self, rows: Sequence[Row], parts: int, reductions: int) -> list[CollectiveCost]:
-        """Gathers of stored weights in each of `parts`, and reductions of gradients over `fsdp` and `data`."""
+    def weights_and_gradients(
+        self, rows: Sequence[Row], parts: int, reductions: int, tables: Collection[int] = (), tokens: float | int = 0
+    ) -> list[CollectiveCost]:
+        """Gathers of stored weights in each of `parts`, and reductions of gradients over `fsdp` and `data`.
+
+        Args:
+            tables: indices of the rows that are only looked up; of those stored by columns the results are sent.
+            tokens: that one device looks up in a part.
+        """
         fsdp, data = self.mesh.get("fsdp", 1), self.mesh.get("data", 1)
         item = np.dtype(self.dtype).itemsize
         found = []
-        for row in rows:
+        for index, row in enumerate(rows):
             layers = stacked(row)
             stored = any(choice.axis == "fsdp" for choice in row.choices)
             shard = row.bytes_per_device / np.dtype(row.dtype).itemsize * item / layers
             whole = shard * fsdp if stored else shard
-            if stored:
-                uses = 2 if layers > 1 else 1
+            if stored and index in tables and row.choices[-1].axis == "fsdp":
+                looked_up = float(tokens * row.choices[-1].size * item)
+                found.append(self.collective("all_to_all", "fsdp", "weights", looked_up, 2 * parts))
+            elif stored:
+                uses = 2 if layers > 1 or in_blocks(row) else 1
                 found.append(self.collective("all_gather", "fsdp", "weights", whole, uses * layers * parts))
                 found.append(self.collective("reduce_scatter", "fsdp", "gradients", shard, layers * parts))
             elif fsdp > 1:
@@ -233,9 +243,17 @@ def elements(row: Row) -> float:
     return row.bytes_per_device / np.dtype(row.dtype).itemsize
 
 
+def in_blocks(row: Row) -> bool:
+    """Whether it has the vocabulary: of such weights training gathers a block at a time, in both passes."""
+    return any(choice.role == "vocab" for choice in row.choices)
+
+
 def gathered_elements(row: Row, fsdp: int) -> float:
-    """Elements that stand gathered at once: two layers of a stack (one is used, one under way), or all of the rest."""
-    if not any(choice.axis == "fsdp" for choice in row.choices):
+    """Elements that stand gathered at once: two layers of a stack (one is used, one under way), or all of the rest.
+
+    Blocks of a vocabulary are counted with the loss.
+    """
+    if in_blocks(row) or not any(choice.axis == "fsdp" for choice in row.choices):
         return 0.0
     layers = stacked(row)
     return elements(row) * fsdp / layers * (2 if layers > 1 else 1)

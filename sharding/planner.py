@@ -6,6 +6,7 @@ guess until it is compiled, and labelled so by whoever prints it.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ from meshloom.sharding.cost import (
     Split,
     elements,
     gathered_elements,
+    in_blocks,
     split_of,
     stacked,
 )
@@ -35,12 +37,16 @@ from meshloom.sharding.roles import Roles
 from meshloom.sharding.rules import decide
 from meshloom.sharding.trace import Program
 from meshloom.sharding.training_step import in_dtype
+from meshloom.sharding.values import Lookup, Product
 from meshloom.sharding.work import ROWS, Work, forward_work, training_work
 from meshloom.sharding.workload import TrainWorkload
 
 REMAT = ("none", "dots", "full")
 # The compiler's own buffers, padding and fragmentation: a plan fits if it leaves this share of memory free.
 RESERVE = 0.08
+# What a loss without logits holds at a time: 2**25 float32 logits with their gradient in half the bytes, and as much
+# again for each of three blocks of the unembedding: the one in use, the next one and a gradient.
+LOSS_BYTES = 4.5 * 2**27
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +87,11 @@ class Candidate:
             return self.compiled.peak_bytes <= self.hbm_bytes
         return self.needed_bytes is None and self.memory.total <= self.hbm_bytes * (1 - RESERVE)
 
+    @property
+    def leaves_islands(self) -> bool:
+        """Whether weights or partial sums cross the line between islands: only gradients over `data` should."""
+        return any(each.level == "line" and each.axis != "data" for each in self.breakdown.collectives)
+
     def to_json(self) -> dict[str, Any]:
         """The candidate's entry in `meshloom plan --json`; compiled figures are None until they are known."""
         predicted = self.breakdown.bytes_by_kind
@@ -109,12 +120,24 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
-    """A model as the planner knows it: its forward pass, and one training step per remat policy."""
+    """A model as the planner knows it: its forward pass, and one training step per remat policy.
+
+    Attributes:
+        makes_logits: all at once; a module that has an `unembedding` leaves them to the loss, which makes few.
+    """
 
     forward: Work
     program: Program
     roles: Roles
     steps: Mapping[str, Work]
+    makes_logits: bool
+
+    @functools.cached_property
+    def tables(self) -> frozenset[int]:
+        """Parameters that are looked up and never multiplied with."""
+        uses = [(step.fact, value) for step in self.program.steps for value in step.inputs]
+        looked_up = {index for fact, value in uses if isinstance(fact, Lookup) for index in value.parameters}
+        return frozenset(looked_up - {i for fact, value in uses if isinstance(fact, Product) for i in value.parameters})
 
     @property
     def has_experts(self) -> bool:
@@ -126,13 +149,14 @@ def trace_model(
 ) -> Traced:
     """Traces each policy once. `module_of(remat)` makes the abstract module, called with tokens `[rows, length]`."""
     inputs = (jax.ShapeDtypeStruct((ROWS, workload.sequence_length), jnp.int32),)
-    plain, program, roles = forward_work(in_dtype(module_of("none"), workload.dtype), inputs)
+    module = in_dtype(module_of("none"), workload.dtype)
+    plain, program, roles = forward_work(module, inputs)
     # What one layer keeps without remat is what its backward holds, so that "none" is always needed.
     works = {
         remat: training_work(in_dtype(module_of(remat), workload.dtype), inputs, program, roles)
         for remat in dict.fromkeys(("none", *remats))
     }
-    return Traced(plain, program, roles, works)
+    return Traced(plain, program, roles, works, not hasattr(module, "unembedding"))
 
 
 def meshes(count: int, *, experts: bool) -> Iterator[dict[str, int]]:
@@ -154,7 +178,10 @@ def plan_training(
     remats: Sequence[str] = REMAT,
     limit: int = 20,
 ) -> list[Candidate]:
-    """The best candidates, best first: what fits before what does not, then by step time, then by memory.
+    """The best candidates, best first: of what fits the fastest, after that the smallest.
+
+    Those that leave only `data` to a line between islands come before those that do not, whatever their times: its
+    latency is assumed, and counted once for each gradient, which XLA may join.
 
     Args:
         module_of: remat policy -> abstract module; scan its layers, or tracing takes as long as there are layers.
@@ -178,8 +205,12 @@ def plan_training(
     found = [candidate for sizes in tried for candidate in price_mesh(traced, devices, chip, sizes, workload, remats)]
     if not found:
         raise ShardingError(_no_mesh(devices, workload, given))
-    found.sort(key=lambda each: (not each.fits, each.step_time_s if each.fits else each.memory.total))
+    found.sort(key=_rank)
     return found[:limit]
+
+
+def _rank(each: Candidate) -> tuple[bool, bool, float]:
+    return (False, each.leaves_islands, each.step_time_s) if each.fits else (True, False, each.memory.total)
 
 
 def price_mesh(
@@ -209,7 +240,7 @@ def price_mesh(
         for microbatch in _divisors(workload.rows // ways):
             parts = workload.rows // ways // microbatch
             memory = _memory(traced, work, rules, (split, none_split, forward_split), mesh, workload, microbatch, parts)
-            breakdown = _step(pricer, work, rules, split, workload, microbatch, parts)
+            breakdown = _step(pricer, traced, work, rules, split, workload, microbatch, parts)
             yield Candidate(
                 mesh,
                 remat,
@@ -225,6 +256,7 @@ def price_mesh(
 
 def _step(
     pricer: Pricer,
+    traced: Traced,
     work: Work,
     rules: Sequence[Row],
     split: Split,
@@ -233,7 +265,8 @@ def _step(
     parts: int,
 ) -> Breakdown:
     moved = pricer.partial_sums(work, split, microbatch, parts)
-    moved += pricer.weights_and_gradients(rules, parts, parts if workload.reduce_every_part else 1)
+    reductions, tokens = parts if workload.reduce_every_part else 1, microbatch * workload.sequence_length
+    moved += pricer.weights_and_gradients(rules, parts, reductions, traced.tables, tokens)
     # The update reads parameters, gradients and state, and writes parameters and state.
     each = 2 * workload.parameter_bytes + 2 * workload.optimizer_bytes_per_parameter + workload.gradient_bytes
     update = each * sum(elements(row) for row in rules)
@@ -259,18 +292,20 @@ def _memory(
     layer = sum(
         none_split.share(each.bytes, each.dims) / each.layers for each in traced.steps["none"].saved if each.layers > 1
     )
-    logits = sum(forward_split.share(each.bytes, each.dims) for each in traced.forward.output)
     gathered = sum(gathered_elements(row, mesh.get("fsdp", 1)) for row in rules)
     # Gradients in the computation's dtype stand beside those of earlier parts that they are added to.
     gradient = item + (workload.gradient_bytes if parts > 1 or workload.gradient_bytes > item else 0)
     copy = item if item < workload.parameter_bytes else 0
-    largest = max((elements(row) / stacked(row) * mesh.get("fsdp", 1) for row in rules), default=0.0)
+    whole = (elements(row) / stacked(row) * mesh.get("fsdp", 1) for row in rules if not in_blocks(row))
+    # Logits and their gradient.
+    loss = 2 * sum(forward_split.share(each.bytes, each.dims) for each in traced.forward.output)
+    loss *= microbatch / traced.forward.rows
     return Memory(
         weights=held * (workload.parameter_bytes + copy),
-        gradients=held * gradient + largest * item,
+        gradients=held * gradient + max(whole, default=0.0) * item,
         optimizer=held * workload.optimizer_bytes_per_parameter,
         activations=(saved + layer) * scale,
-        logits=2 * logits * microbatch / traced.forward.rows,  # themselves and their gradient
+        logits=loss if traced.makes_logits else min(loss, LOSS_BYTES),
         gathered=gathered * item,
     )
 

@@ -2,7 +2,8 @@
 
 What the two rules of layouts intend:
 
-* *store*: a weight that is split over `fsdp` is gathered where it meets an activation.
+* *store*: a weight that is split over `fsdp` is gathered where it meets an activation; rows of a table that is split by
+  columns come from where they are stored.
 * *pair*, *vocab*: a product or a lookup over a dimension that the pair rule splits leaves sums to be made.
 * *context*: a product of two activations needs one of them for all tokens, or sums over them.
 * *reduction*: sums and maxima over a split dimension, as in a softmax; they are small.
@@ -121,6 +122,12 @@ class Provenance:
             case Lookup():
                 return Origin("silent", "rows are picked from a split dimension of an activation", weights, *place)
         return Origin("reduction", "a reduction over a split dimension", weights, *place)
+
+    def of_lookup(self, step: Step) -> Origin:
+        """Of ids and rows on their way to and from the columns of a table."""
+        table = step.inputs[0]
+        reason = f"columns of {self._names(table.parameters)} are looked up where they are stored"
+        return Origin("store", reason, table.parameters, *self._place(step, step.outputs[0]))
 
     def of_operand(self, step: Step, value: Value, axes: tuple[str, ...], old: State, new: State) -> Origin:
         """Of the conversion of a split operand to what a step needs."""

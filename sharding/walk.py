@@ -23,7 +23,7 @@ from meshloom.sharding.reshaping import reshaped
 from meshloom.sharding.signatures import Signature, signatures
 from meshloom.sharding.submesh import axis_of, factored
 from meshloom.sharding.trace import Program, Step
-from meshloom.sharding.values import Kind, Meeting, Source, Value
+from meshloom.sharding.values import Kind, Lookup, Meeting, Source, Value
 from meshloom.sharding.work import trips_of
 
 # More bytes than any array has: weights stay where they are.
@@ -70,6 +70,8 @@ class Walk:
                 self._close(index, step)
             elif step.equation is not None and step.equation.primitive.name == "reshape":
                 self._reshape(index, step)
+            elif columns := self._columns(step):
+                self._look_up(index, step, columns)
             else:
                 self._operate(index, step)
             for value in (*step.inputs, *step.outputs):
@@ -158,6 +160,33 @@ class Walk:
         self._convert(index, step, value, needed)
         self.placements[result] = dict(placement)
         self._hand_on(step, [])
+
+    def _columns(self, step: Step) -> tuple[str, ...]:
+        """Factors over which a table's columns are stored and the ids that are looked up in it are split."""
+        if not isinstance(step.fact, Lookup) or step.inputs[0].kind != Kind.WEIGHT or len(step.inputs[0].dims) != 2:
+            return ()
+        table, ids = (self.placements[value] for value in step.inputs[:2])
+        stored = tuple(factor for factor, state in table.items() if state == Split(1) and factor in ids)
+        return () if any(state == Split(0) and factor in ids for factor, state in table.items()) else stored
+
+    def _look_up(self, index: int, step: Step, columns: tuple[str, ...]) -> None:
+        """As `sharding.lookup` does it: all ids to all that store columns, and rows to where their ids are."""
+        (table, ids), (rows, *_) = step.inputs[:2], step.outputs
+        placement = dict(self.placements[ids])
+        axes, trips = tuple(dict.fromkeys(map(axis_of, columns))), self._trips_of(step)
+        origin = self._provenance.of_lookup(step)
+        ways = math.prod(self.mesh[factor] for factor in placement)
+        gathered = self._bytes(ids) / (ways / math.prod(self.mesh[factor] for factor in columns))
+        by_row, by_column = placement[columns[0]], Split(len(rows.dims) - 1)
+        told = (
+            (ids, by_row, BROADCAST, "all_gather", gathered),
+            (rows, by_column, by_row, "all_to_all", self._bytes(rows) / ways),
+        )
+        for value, before, after, kind, moved in told:
+            self.conversions.append(Conversion(index, value, axes, before, after, kind, moved, trips, origin))
+        held = [factor for factor, state in self.placements[table].items() if state == Split(0)]
+        self.placements[rows] = placement | dict.fromkeys(held, PARTIAL)
+        self._hand_on(step, [Signature((Split(0), BROADCAST), (PARTIAL,))] if held else [])
 
     def _operate(self, index: int, step: Step) -> None:
         inputs = [self.placements[value] for value in step.inputs]

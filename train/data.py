@@ -8,7 +8,7 @@ Shape legend: B rows, T tokens per row that are predicted.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -17,6 +17,24 @@ import numpy as np
 
 from meshloom.core.errors import ConfigError
 from meshloom.train.corpus import Corpus
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Which of `count` equal slices of the rows of a batch a process holds, in ascending order."""
+
+    slices: tuple[int, ...] = (0,)
+    count: int = 1
+
+    @classmethod
+    def of(cls, slices: Sequence[int], count: int) -> "Share":
+        """The same share in the fewest slices: neighbours that make up larger ones are one."""
+        for size in range(len(slices), 1, -1):
+            starts = slices[::size]
+            in_order = [start + i for start in starts for i in range(size)]
+            if count % size == 0 and all(start % size == 0 for start in starts) and in_order == list(slices):
+                return cls(tuple(start // size for start in starts), count // size)
+        return cls(tuple(slices), count)
 
 
 @jax.tree_util.register_dataclass
@@ -58,13 +76,16 @@ class PackedRows:
         return row
 
 
+_ALL = Share()
+
+
 class Batches:
     """An endless iterator over this process's share of every batch.
 
     Args:
         batch_size: rows per step, over all processes.
-        parts: that a batch is computed in; of each, the process has the same slice of its rows, part after part.
-        share: which slice of how many equal ones. What a device gets does not depend on the number of processes.
+        parts: that a batch is computed in; of each, the process has the same slices of its rows, part after part.
+        share: which slices of each part. What a device gets does not depend on the number of processes.
     Raises:
         ConfigError: the corpus has fewer rows than one batch, or a part does not divide into the slices.
     """
@@ -77,7 +98,7 @@ class Batches:
         batch_size: int,
         seed: int,
         parts: int = 1,
-        share: tuple[int, int] = (0, 1),
+        share: Share = _ALL,
     ):
         rows = PackedRows(corpus, length)
         if len(rows) < batch_size:
@@ -85,11 +106,13 @@ class Batches:
                 f"data: {len(corpus.tokens)} tokens make {len(rows)} rows of sequence_length={length}, too few for one "
                 f"batch of batch_size={batch_size}; give more data, or a smaller batch or length"
             )
-        index, slices = share
-        if batch_size % (parts * slices):
-            raise ConfigError(f"batch_size={batch_size} rows in {parts} part(s) do not divide over {slices} processes")
+        if batch_size % (parts * share.count):
+            raise ConfigError(
+                f"batch_size={batch_size} rows in {parts} part(s) do not divide into {share.count} equal slices"
+            )
         shuffled = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
-        mine = shuffled.batch(batch_size // (parts * slices))[index::slices].batch(parts).map(_joined)
+        slices = _Picked(shuffled.batch(batch_size // (parts * share.count)), share)
+        mine = slices.batch(parts * len(share.slices)).map(_joined)
         # A row is a slice of a memory map: one thread, a step or two ahead, hides all of it.
         reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
         self._iterator = iter(mine.to_iter_dataset(reading))
@@ -111,6 +134,21 @@ class Batches:
     def close(self) -> None:
         """Stops the reading thread."""
         self._iterator.close()
+
+
+class _Picked(grain.MapDataset):
+    """Of every `share.count` elements those that a share has."""
+
+    def __init__(self, parent: grain.MapDataset, share: Share):
+        super().__init__(parent)
+        self._share = share
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._share.count * len(self._share.slices)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        group, place = divmod(index, len(self._share.slices))
+        return self._parent[group * self._share.count + self._share.slices[place]]
 
 
 def _joined(parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -19,14 +19,13 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from meshloom.core.errors import ShardingError
 from meshloom.models.decoder import Unembedding
 from meshloom.models.random_weights import random_weights
 from meshloom.models.sequence import Packed
 from meshloom.pallas_kernels.cross_entropy import Split
 from meshloom.sharding.constrain import constrained, plain
 from meshloom.sharding.layout import Layout
-from meshloom.train.data import Batch
+from meshloom.train.data import Batch, Share
 from meshloom.train.objectives import next_token_loss
 
 # Parameters and optimizer state as they go from step to step: `nnx.State` of parameters, and optax's state.
@@ -167,33 +166,32 @@ def place_batch(batch: Batch, layout: Layout, *, accumulation: int) -> Batch:
     Raises:
         ShardingError: the rows of one part do not divide over the `data` and `fsdp` axes.
     """
+    held = share(layout)
 
     def place(x: np.ndarray) -> Array:
-        mine = x.reshape(accumulation, -1, x.shape[-1])
-        shape = (accumulation, mine.shape[1] * share(layout)[1], x.shape[-1])
-        return jax.make_array_from_process_local_data(parts_sharding(layout, shape[1]), mine, shape)
+        mine = x.reshape(accumulation, len(held.slices), -1, x.shape[-1])
+        size = mine.shape[2]
+        shape = (accumulation, held.count * size, x.shape[-1])
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            """Rows of one device, which lie in one slice."""
+            first, last, _ = index[1].indices(shape[1])
+            rows = mine[:, held.slices.index(first // size)]
+            return rows[:, first % size : first % size + last - first]
+
+        return jax.make_array_from_callback(shape, parts_sharding(layout, shape[1]), part)
 
     return jax.tree.map(place, batch)
 
 
-def share(layout: Layout) -> tuple[int, int]:
-    """Which slice of how many equal ones of each part's rows this process holds; (0, 1) is all of them.
+def share(layout: Layout) -> Share:
+    """The slices of each part's rows that this process's devices take: on a torus they need not be neighbours.
 
     Processes over which the layout splits no rows hold the same ones.
-
-    Raises:
-        ShardingError: the mesh gives this process slices that are no such share.
     """
     rows = NamedSharding(layout.mesh, PartitionSpec(layout.batch_spec[0]))
     places = rows.addressable_devices_indices_map((layout.batch_ways,)).values()
-    held = sorted({place[0].indices(layout.batch_ways)[0] for place in places})
-    first, count = held[0], len(held)
-    if held != list(range(first, first + count)) or first % count or layout.batch_ways % count:
-        raise ShardingError(
-            f"this process's devices hold slices {held} of {layout.batch_ways} of a batch's rows, which are no equal "
-            "share in one piece; order the devices of the mesh by process"
-        )
-    return first // count, layout.batch_ways // count
+    return Share.of(sorted({place[0].indices(layout.batch_ways)[0] for place in places}), layout.batch_ways)
 
 
 def abstract_batch(layout: Layout, *, accumulation: int, rows: int, length: int) -> Batch:

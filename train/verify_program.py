@@ -133,8 +133,8 @@ class Program:
         batch = abstract_batch(self.layout, accumulation=1, rows=rows, length=length)
         with jax.default_matmul_precision("highest"):  # or accelerators multiply rounded factors
             self._step = compile_step(step, weights, batch, self.layout)
-        index, slices = share(self.layout)
-        mine = jax.tree.map(lambda x: np.split(x, slices)[index], subject.batch)
+        held = share(self.layout)
+        mine = jax.tree.map(lambda x: np.concatenate([np.split(x, held.count)[i] for i in held.slices]), subject.batch)
         self._batch = place_batch(mine, self.layout, accumulation=1)
 
     def run(self, params: Any) -> Outcome:

@@ -1,6 +1,7 @@
 """Programs for hardware that is elsewhere: the real compilers, asked here."""
 
 import importlib.util
+import itertools
 from fnmatch import fnmatch
 
 import jax
@@ -37,6 +38,34 @@ def test_a_stored_weight_is_gathered_on_every_target(text):
     # A CPU multiplies bfloat16 as float32, and XLA converts before it gathers.
     assert report.bytes_by_kind["all_gather"] == 256 * 256 * (4 if text == "cpu:8" else 2)
     assert report.argument_bytes == (1024 + 256) * 256 * 2 // parse_devices(text).count
+
+
+@needs_tpu
+def test_a_gather_over_a_whole_torus_is_a_gather():
+    """Not a sum of arrays that are zero elsewhere, which sends twice as much."""
+    _, report = compiled_for("v5p:4x4x4")
+    assert report.bytes_by_kind == {"all_gather": 256 * 256 * 2}
+
+
+@needs_tpu
+@pytest.mark.parametrize(
+    ("text", "axes"),
+    [("v5p:4x4x4", {"fsdp": 64}), ("v5e:4x4", {"fsdp": 4, "tensor": 4}), ("2xv5e:4x4", {"data": 2, "fsdp": 16})],
+)
+def test_the_last_axis_runs_along_links_and_the_first_one_over_slices(text, axes):
+    mesh = make_mesh(axes, target_devices(parse_devices(text)))
+    assert len({device.id for device in mesh.devices.flat}) == mesh.size
+    row = mesh.devices.reshape(-1, list(axes.values())[-1])[0]
+    steps = [np.abs(np.subtract(a.coords, b.coords)) for a, b in itertools.pairwise(row)]
+    assert sum(step.sum() for step in steps[:3]) == 3
+    if text.startswith("2x"):
+        assert [{device.slice_index for device in half.flat} for half in mesh.devices] == [{0}, {1}]
+
+
+@needs_tpu
+def test_a_part_of_a_slice_is_taken_as_it_is_listed():
+    devices = target_devices(parse_devices("v5e:2x4"))[:3]
+    assert list(make_mesh({"tensor": 3}, devices).devices.flat) == devices
 
 
 @pytest.mark.parametrize("text", [FOR_TPU, FOR_GPU])

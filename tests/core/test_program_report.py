@@ -100,6 +100,16 @@ def test_pieces_of_an_asynchronous_gather_of_a_tpu_count_once():
     assert (found.kind, found.count, found.bytes, found.sent) == ("all_gather", 1, 128, 64)
 
 
+def test_a_computation_goes_on_after_a_line_that_begins_with_a_brace():
+    body = (
+        '  %k = f32[64]{0} custom-call(%p), backend_config={"metadata":\n"{}"\n}}, metadata={op_name="kernel"}\n'
+        "  ROOT %r = f32[64]{0} all-reduce(%k), replica_groups={{0,1,2,3}}, to_apply=%add"
+    )
+    module = parse(program(body, "%add (a: f32[], b: f32[]) -> f32[] {\n  ROOT %c = f32[] add(%a, %b)\n}\n"))
+    assert module.computations[module.entry].by_name["k"].operation == "kernel"
+    assert [each.kind for each in collectives(module, {"fsdp": 4})] == ["all_reduce"]
+
+
 def test_a_fused_reduction_that_keeps_a_part_is_a_reduce_scatter():
     called = (
         "%all-reduce-scatter.1 (p: f32[64]) -> f32[16] {\n"

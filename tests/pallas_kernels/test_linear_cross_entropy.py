@@ -173,6 +173,17 @@ def test_a_mesh_gathers_no_vocabulary_and_makes_no_logits_of_others():
     assert by_axes["all_reduce", ("tensor",)] == 4 * 512 * 32 + 3 * 4 * 512
 
 
+@pytest.mark.parametrize("name", ["stored_by_columns", "stored_by_rows"])
+def test_no_device_holds_a_weight_that_others_store_or_its_gradient(name):
+    axes, rows, weight = SPLITS[name]
+    report = compiled("chunked", Split(make_mesh(axes), rows, weight), rows=1024, model=256, vocab=4096)
+    assert largest_array(report) <= 4096 * 256 // 4  # what a device stores
+    gathered = {each.axes: each.bytes for each in report.collectives if each.kind == "all_gather"}
+    assert gathered.keys() == {("fsdp",)}
+    passes, block = 2 * 4096 * 256 * 4, 16 * 256 * 4  # bytes, in float32 on a CPU
+    assert passes < gathered["fsdp",] <= passes + 2 * block
+
+
 def test_blocks_take_a_fraction_of_the_memory_of_the_logits():
     sizes = {"rows": 512, "model": 32, "vocab": 8192, "devices": jax.devices()}
     chunked, reference = (compiled(name, None, **sizes).temporary_bytes for name in ("chunked", "reference"))

@@ -71,7 +71,7 @@ def constraints(forward, parameters) -> int:
     return str(jax.make_jaxpr(lambda *a: forward(*a)[0])(parameters, *inputs())).count("= sharding_constraint[")
 
 
-# Measured: fsdp 10.1 -> 3.1 MB, fsdp x tensor 9.2 -> 2.8 MB.
+# Measured: fsdp 13.2 -> 3.0 MB, fsdp x tensor 9.2 -> 2.9 MB.
 @pytest.mark.parametrize("axes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}], ids=["fsdp", "fsdp-tensor"])
 def test_a_step_moves_less_than_half_and_nothing_is_rematerialized(axes, capfd):
     config = DecoderConfig(
@@ -86,7 +86,9 @@ def test_a_step_moves_less_than_half_and_nothing_is_rematerialized(axes, capfd):
     after = moved(compiled(constrained(module, layout), layout, parameters, batch))
     assert said not in capfd.readouterr().err
     assert sum(after.values()) < 0.5 * sum(before.values()), (before, after)
-    assert after.keys() == {"all-gather", "all-reduce"}  # of weights and of gradients; activations stay where they are
+    # Weights, gradients, and rows of the table, forward and back; activations stay where they are.
+    assert after.keys() == {"all-gather", "all-reduce", "all-to-all"}
+    assert after["all-to-all"] == 2 * 4 * 16 * 64 * 128 // axes["fsdp"]
 
 
 EXPERTS = DecoderConfig(**SIZES, tie_embeddings=False, moe=MoEConfig(4, 2, 32), scan_layers=True)
@@ -123,10 +125,10 @@ def test_loss_and_gradient_are_those_of_one_device(config, axes):
 @pytest.mark.parametrize("remat", ["none", "full"])
 @pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
 def test_the_stream_is_held_where_it_begins_and_at_every_addition(scan, remat):
-    """The table and what is looked up in it, attention's and the MLP's addition: layers share one body."""
+    """What is looked up in the table, attention's and the MLP's addition: layers share one body."""
     module = nnx.eval_shape(lambda: Decoder(DecoderConfig(**SIZES, scan_layers=scan, remat=remat), rngs=nnx.Rngs(0)))
     layout = derive(module, make_mesh({"fsdp": 8}))
-    assert constraints(constrained(module, layout), nnx.state(module)) == 4
+    assert constraints(constrained(module, layout), nnx.state(module)) == 3
     assert constraints(plain(module), nnx.state(module)) == 0
 
 

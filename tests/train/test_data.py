@@ -9,7 +9,7 @@ from rich.console import Console
 from meshloom.core.errors import ConfigError
 from meshloom.models.tokenizer import train_byte_bpe
 from meshloom.train.corpus import Corpus, tokenize
-from meshloom.train.data import Batches, PackedRows
+from meshloom.train.data import Batches, PackedRows, Share
 from meshloom.train.documents import find_documents
 from tests.train.runs import write_texts
 
@@ -71,6 +71,27 @@ def test_iterator_goes_on_from_its_state():
     resumed = Batches(corpus, **options)
     resumed.restore(state)
     assert take(resumed, 6) == expected
+
+
+def test_slices_that_are_no_neighbours_are_the_rows_of_the_whole_batch():
+    corpus, sizes = corpus_of([40, 90, 70, 200]), {"length": 8, "batch_size": 16, "seed": 3, "parts": 2}
+    of_part = np.asarray(take(Batches(corpus, **sizes), 3)).reshape(3, 2, 4, 2, -1)
+    mine = take(Batches(corpus, **sizes, share=Share((1, 3), 4)), 3)
+    np.testing.assert_array_equal(np.asarray(mine).reshape(3, 2, 2, 2, -1), of_part[:, :, [1, 3]])
+
+
+@pytest.mark.parametrize(
+    ("slices", "count", "share"),
+    [
+        ((0, 1, 2, 3), 4, Share((0,), 1)),
+        ((2, 3), 8, Share((1,), 4)),
+        ((1, 2), 8, Share((1, 2), 8)),  # no slice of two begins at one
+        ((0, 1, 4, 5), 8, Share((0, 2), 4)),
+        ((0, 4, 16, 20), 64, Share((0, 4, 16, 20), 64)),
+    ],
+)
+def test_neighbouring_slices_are_one(slices, count, share):
+    assert Share.of(slices, count) == share
 
 
 def test_too_small_a_corpus_is_refused_with_both_numbers():

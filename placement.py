@@ -65,7 +65,7 @@ def followed(command: cli.Serve, path: pathlib.Path) -> tuple[cli.Serve, Mesh]:
     if plan.kv_dtype not in KV_DTYPES:
         raise ConfigError(f"{path}: kv_dtype={plan.kv_dtype} cannot be served; this engine has {', '.join(KV_DTYPES)}")
     axes, sizes = replica_axes(plan.mesh), {"input_length": plan.input_length, "output_length": plan.output_length}
-    engine = planned_engine(command.engine, batch=plan.batch, **sizes)
+    engine = planned_engine(command.engine, batch=plan.batch, kv_dtype=plan.kv_dtype, **sizes)
     unset = EngineConfig()
     _refuse_others(path, command.engine, unset, dataclasses.asdict(engine), "engine.")
     if command.engine.kv_cache_memory != unset.kv_cache_memory:

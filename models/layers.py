@@ -135,7 +135,7 @@ class Attention(nnx.Module):
         if self.rope is not None:
             rows = x.shape[:-1]
             positions = positions_of(rows, layout)
-            capacity = capacity_of(rows, layout, 0 if pages is None else pages.k.shape[1])
+            capacity = capacity_of(rows, layout, 0 if pages is None else pages.page_size)
             q, k = (rotate(each, positions, self.rope, capacity) for each in (q, k))
         y, pages = attend(q, k, v, layout, pages, window=self.window, scale=self.scale, soft_cap=self.soft_cap)
         return self.out(y.reshape(*x.shape[:-1], -1)), pages
@@ -172,14 +172,14 @@ class MLP(nnx.Module):
 
 
 class ExpertWeights(nnx.Module):
-    """One projection of all experts, `[E, out, in]`."""
+    """One projection of all experts, `[E, out, in]`, which may be quantized."""
 
     def __init__(self, n_experts: int, d_in: int, d_out: int, *, scale: float, rngs: nnx.Rngs, dtype):
         self.weight = normal_param(rngs, (n_experts, d_out, d_in), scale, dtype)
 
     def __call__(self, x: Float[Array, "rows I"], group_sizes: Int[Array, "E"]) -> Float[Array, "rows O"]:
         """Rows sorted by expert, `group_sizes[e]` of them for expert e."""
-        return grouped_matmul(x, self.weight[...], group_sizes, transposed=True)
+        return grouped_matmul(x, self.weight.get_value(), group_sizes, transposed=True)
 
 
 class MoE(nnx.Module):

@@ -7,11 +7,14 @@ from meshloom.pallas_kernels.matmul.collective import all_gather_matmul, matmul_
 from meshloom.pallas_kernels.matmul.expert_parallel import expert_parallel
 from meshloom.pallas_kernels.matmul.grouped import grouped_matmul
 from meshloom.pallas_kernels.matmul.lora import LoraPages, lora_matmul
+from meshloom.pallas_kernels.matmul.quantized.mixed import MixedWeight, mixed_matmul, quantize_mixed
+from meshloom.pallas_kernels.matmul.quantized.training import quantized_training_matmul
 
 __all__ = [
     "KVPages",
     "LoraPages",
     "Mask",
+    "MixedWeight",
     "QArray",
     "Ragged",
     "all_gather_matmul",
@@ -22,7 +25,10 @@ __all__ = [
     "lora_matmul",
     "matmul",
     "matmul_reduce_scatter",
+    "mixed_matmul",
     "paged_attention",
     "quantize",
+    "quantize_mixed",
     "quantized_matmul",
+    "quantized_training_matmul",
 ]

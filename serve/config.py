@@ -21,7 +21,9 @@ class EngineConfig:
         page_size: tokens per KV page.
         kv_cache_memory: GiB for keys and values of all layers; less is taken when the model cannot use it.
         num_pages: pages outright, instead of `kv_cache_memory`.
-        cache_dtype: element type of the cache; "model" is that of the weights.
+        cache_dtype: element type of the cache; "model" is that of the weights. int8 and float8_e4m3fn take half of
+            bfloat16's memory, int4 a quarter, and 4 bytes for the scale of each token and kv head: so many more tokens
+            fit `kv_cache_memory`. int8 loses least.
         max_model_len: longest prompt + output in tokens; None = the model's context, if the cache holds one such
             sequence, else what the cache holds.
     """
@@ -31,7 +33,7 @@ class EngineConfig:
     page_size: int = 16
     kv_cache_memory: float | int = 0.5
     num_pages: int | None = None
-    cache_dtype: Literal["model", "float32", "bfloat16"] = "model"
+    cache_dtype: Literal["model", "float32", "bfloat16", "int8", "float8_e4m3fn", "int4"] = "model"
     max_model_len: int | None = None
 
     def __post_init__(self) -> None:

@@ -1,7 +1,6 @@
 """Serving plans and the engine: which of them it can follow, its sizes under one, and the steps it would run.
 
-An engine is one replica: a plan with `data=4` asks for four of them, each on its share of the devices. Weights and
-cached keys and values are of the types that the engine has; the planner knows more.
+An engine is one replica: a plan with `data=4` asks for four of them, each on its share of the devices.
 """
 
 import dataclasses
@@ -24,7 +23,8 @@ from meshloom.sharding import derive
 from meshloom.sharding.serving import WEIGHT_DTYPES, ServeCandidate, plan_serving
 from meshloom.sharding.workload import ServeWorkload
 
-KV_DTYPES = ("bfloat16",)  # of those that are planned for; the paged cache has no int8 form
+KV_DTYPES = ("bfloat16", "int8")  # of those that are planned for
+_SCALED_PAGE = 128
 _LONGEST_PREFILL = 2048  # tokens of one step: more would keep running answers waiting for longer
 
 
@@ -41,17 +41,26 @@ def replica_axes(mesh: Mapping[str, int]) -> dict[str, int]:
     return {axis: size for axis, size in mesh.items() if size > 1 and axis != "data"} or {"tensor": 1}
 
 
-def planned_engine(engine: EngineConfig, *, batch: int, input_length: int, output_length: int) -> EngineConfig:
+def planned_engine(
+    engine: EngineConfig, *, batch: int, input_length: int, output_length: int, kv_dtype: str
+) -> EngineConfig:
     """An engine's sizes for `batch` sequences at once of these lengths in tokens, with a cache that holds them all.
 
-    The step programs are one for the whole batch decoding, one for prompts, and smaller ones between.
+    The step programs are one for the whole batch decoding, one for prompts, and smaller ones between. Pages of a cache
+    with scales hold 128 tokens, so that they are whole vectors for a TPU, however few kv heads a device has.
     """
     prefill = prefill_tokens(input_length)
     largest = max(batch, prefill)
     buckets = {bucket for bucket in engine.buckets if bucket < largest} | {batch, prefill}
-    pages = batch * -(-(input_length + output_length) // engine.page_size)
+    page_size = engine.page_size if kv_dtype == "bfloat16" else _SCALED_PAGE
+    pages = batch * -(-(input_length + output_length) // page_size)
     return dataclasses.replace(
-        engine, max_num_seqs=batch, buckets=tuple(sorted(buckets)), num_pages=pages, cache_dtype=KV_DTYPES[0]
+        engine,
+        max_num_seqs=batch,
+        buckets=tuple(sorted(buckets)),
+        page_size=page_size,
+        num_pages=pages,
+        cache_dtype=kv_dtype,
     )
 
 
@@ -84,6 +93,7 @@ def lowered_steps(
         batch=candidate.batch,
         input_length=workload.input_length,
         output_length=workload.output_length,
+        kv_dtype=candidate.kv_dtype,
     )
     dtype = jnp.dtype(sizes.cache_dtype)
     cache = size_cache(config, sizes, dtype)
@@ -127,7 +137,7 @@ def choose_axes(
         devices,
         ServeWorkload(input_length, output_length),
         chip=chip,
-        kv_dtypes=KV_DTYPES,
+        kv_dtypes=("bfloat16" if engine.cache_dtype in ("model", "float32", "bfloat16") else "int8",),
         weight_dtypes=(weight_dtype,),
         limit=2**31,
     )

@@ -25,8 +25,8 @@ class Runner:
     """The compiled step programs of one module, by bucket, and the cache they hand on.
 
     Args:
-        module: a decoder with `__call__(tokens, layout, cache, rows)` and `init_cache(num_pages, page_size, dtype)`;
-            abstract weights are enough to `lower`.
+        module: a decoder with `__call__(tokens, layout, cache, rows)` and `init_cache(num_pages, page_size, dtype,
+            shards)`; abstract weights are enough to `lower`.
         shapes: the step shapes to compile, ascending in tokens.
         num_pages, page_size, cache_dtype: the cache.
         mesh, kv_heads_axis: devices the weights lie on, and the mesh axis that splits kv heads; None on one device.
@@ -47,7 +47,8 @@ class Runner:
         self._graphdef, state = nnx.split(module)
         self._leaves, self._treedef = jax.tree.flatten(state)
         self._cache_treedef: jax.tree_util.PyTreeDef | None = None
-        self._make_cache = lambda: self._flat(module.init_cache(num_pages, page_size, cache_dtype))
+        shards = 1 if mesh is None or kv_heads_axis is None else mesh.shape[kv_heads_axis]
+        self._make_cache = lambda: self._flat(module.init_cache(num_pages, page_size, cache_dtype, shards))
         self._mesh, self._kv_heads_axis = mesh, kv_heads_axis
         self._programs: dict[int, Callable] = {}
         self._cache: list[Array] = []
@@ -121,7 +122,7 @@ class Runner:
         return None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec())
 
     def _cache_sharding(self, shape: tuple[int, ...]) -> NamedSharding | None:
-        """Pages are `[..., page, kv heads, head dim]`."""
+        """Arrays of the cache are `[..., shards of the kv heads, rows, columns]`."""
         if self._mesh is None:
             return None
-        return NamedSharding(self._mesh, PartitionSpec(*[None] * (len(shape) - 2), self._kv_heads_axis, None))
+        return NamedSharding(self._mesh, PartitionSpec(*[None] * (len(shape) - 3), self._kv_heads_axis, None, None))

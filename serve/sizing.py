@@ -2,10 +2,12 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from meshloom.core.errors import ConfigError
 from meshloom.models.config import DecoderConfig
+from meshloom.pallas_kernels import KVPages
 from meshloom.serve.config import EngineConfig
 from meshloom.serve.packing import StepShape
 
@@ -14,7 +16,7 @@ from meshloom.serve.packing import StepShape
 class CacheSize:
     """Attributes:
     num_pages: pages of the cache. max_model_len: longest prompt + output, in tokens; one such sequence always fits.
-    pages_per_sequence: width of a page table. bytes_per_page: over all layers, keys and values.
+    pages_per_sequence: width of a page table. bytes_per_page: over all layers, keys and values with their scales.
     """
 
     num_pages: int
@@ -30,7 +32,7 @@ def size_cache(model: DecoderConfig, engine: EngineConfig, dtype: jnp.dtype) -> 
         ConfigError: the cache holds no page or not one longest sequence, or the length exceeds the model's context.
     """
     page = engine.page_size
-    bytes_per_page = page * model.n_layers * 2 * model.n_kv_heads * model.head_dim * dtype.itemsize
+    bytes_per_page = model.n_layers * page_bytes(model, page, dtype)
     wanted = engine.max_model_len or model.context
     if wanted > model.context:
         raise ConfigError(f"max_model_len={wanted} exceeds the model's context of {model.context} tokens")
@@ -48,6 +50,16 @@ def size_cache(model: DecoderConfig, engine: EngineConfig, dtype: jnp.dtype) -> 
         )
     length = min(wanted, num_pages * page)
     return CacheSize(num_pages, length, -(-length // page), bytes_per_page)
+
+
+def page_bytes(model: DecoderConfig, page_size: int, dtype: jnp.dtype) -> int:
+    """What one page takes in one layer, in bytes over all devices.
+
+    Raises:
+        MeshloomError: no cache of this type fits the model's kv heads.
+    """
+    eight = jax.eval_shape(lambda: KVPages.zeros(8, page_size, model.n_kv_heads, model.head_dim, dtype))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(eight)) // 8
 
 
 def step_shapes(engine: EngineConfig, pages_per_sequence: int) -> list[StepShape]:

@@ -131,8 +131,9 @@ def _by_columns(equation: JaxprEqn, result: NamedSharding, spec: PartitionSpec) 
     """The lookup of whole rows of a matrix that is stored by columns; None for any other."""
     if equation.primitive is not jax.lax.gather_p or len(spec) != 2:
         return None
-    (rows, columns), table = (axes_of(entry) for entry in spec), equation.invars[0].aval
-    numbers, ids = equation.params["dimension_numbers"], equation.outvars[0].aval.ndim - 1
+    rows, columns = (axes_of(entry) for entry in spec)
+    table, looked_up = _example(equation.invars[0]), _example(equation.outvars[0])
+    numbers, ids = equation.params["dimension_numbers"], looked_up.ndim - 1
     whole_rows = jax.lax.GatherDimensionNumbers(offset_dims=(ids,), collapsed_slice_dims=(0,), start_index_map=(0,))
     if (numbers, equation.params["slice_sizes"]) != (whole_rows, (1, table.shape[1])):
         return None
@@ -193,6 +194,10 @@ def _constraint(source: Any, target: Var, sharding: NamedSharding, beside: Jaxpr
 
 def _in_place_of(equation: JaxprEqn, function: Callable[..., Any]) -> JaxprEqn:
     """One equation that computes `function` of the same operands, from the same line of the module."""
-    examples = (jax.ShapeDtypeStruct(each.aval.shape, each.aval.dtype) for each in equation.invars)
-    (made,) = jax.make_jaxpr(function)(*examples).eqns
+    (made,) = jax.make_jaxpr(function)(*map(_example, equation.invars)).eqns
     return made.replace(invars=equation.invars, outvars=equation.outvars, source_info=equation.source_info)
+
+
+def _example(var: Any) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of a variable or literal."""
+    return jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 # Rows of n devices that are in flight at a time. A row of few columns is padded to a TPU's 128 lanes: 64 MiB in
@@ -35,7 +35,7 @@ class Table:
         fill: what a row is that the table does not have; None takes the nearest.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     ids: PartitionSpec
     rows: tuple[str, ...]
     columns: tuple[str, ...]

@@ -17,6 +17,7 @@ from typing import Any
 
 from meshloom.sharding.algebra import BROADCAST, PARTIAL, Split, State, conversion, cost
 from meshloom.sharding.classes import find
+from meshloom.sharding.collectives import Kind as Collective
 from meshloom.sharding.layout import Layout
 from meshloom.sharding.provenance import Conversion, Origin, Provenance
 from meshloom.sharding.reshaping import reshaped
@@ -178,7 +179,7 @@ class Walk:
         ways = math.prod(self.mesh[factor] for factor in placement)
         gathered = self._bytes(ids) / (ways / math.prod(self.mesh[factor] for factor in columns))
         by_row, by_column = placement[columns[0]], Split(len(rows.dims) - 1)
-        told = (
+        told: tuple[tuple[Value, State, State, Collective, float], ...] = (
             (ids, by_row, BROADCAST, "all_gather", gathered),
             (rows, by_column, by_row, "all_to_all", self._bytes(rows) / ways),
         )

@@ -1,22 +1,23 @@
 """Attention over whole sequences and over a paged cache: one function each, several implementations behind it."""
 
-import functools
-
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from meshloom.pallas_kernels.attention import chunked, mosaic_tpu, mosaic_tpu_backward, paged_mosaic_tpu, reference
-from meshloom.pallas_kernels.attention.kernel import Kernel, Scoring, row_products, sinks_gradient, with_sinks
+from meshloom.pallas_kernels.attention import paged_mosaic_tpu
+from meshloom.pallas_kernels.attention.context import ring_attention, ulysses_attention
+from meshloom.pallas_kernels.attention.context.spreading import SPREADING, SpreadSpec
+from meshloom.pallas_kernels.attention.kernel import Scoring
 from meshloom.pallas_kernels.attention.paged import PagedScoring, paged_attention_chunked, paged_partials_chunked
 from meshloom.pallas_kernels.attention.paged_split import merged, merged_over
 from meshloom.pallas_kernels.attention.pages import KVPages, PagePart, Ragged
 from meshloom.pallas_kernels.attention.reference import paged_attention_reference, paged_partials_reference
 from meshloom.pallas_kernels.attention.spec import AttentionSpec, Mask, PagedSpec, check_heads
-from meshloom.pallas_kernels.attention.spread import over_mesh
-from meshloom.pallas_kernels.dispatch import Implementation, Target, may_be_spread, select
+from meshloom.pallas_kernels.attention.table import ATTENTION, attend
+from meshloom.pallas_kernels.dispatch import Implementation, Target, select
 
 __all__ = [
+    "ATTENTION",
+    "SPREADING",
     "KVPages",
     "Mask",
     "PagePart",
@@ -26,18 +27,10 @@ __all__ = [
     "merged_over",
     "paged_attention",
     "paged_attention_part",
+    "ring_attention",
+    "ulysses_attention",
 ]
 
-
-ATTENTION = (
-    Implementation(
-        "mosaic_tpu",
-        Kernel(mosaic_tpu.forward, mosaic_tpu_backward.backward, by_xla=False),
-        lambda spec, target: mosaic_tpu.why_not(spec, target) or mosaic_tpu_backward.why_not(spec),
-    ),
-    Implementation("chunked", Kernel(chunked.forward, chunked.backward), lambda spec, target: None),
-    Implementation("reference", Kernel(reference.forward, reference.backward), lambda spec, target: None),
-)
 PAGED_ATTENTION = (
     Implementation("mosaic_tpu", paged_mosaic_tpu.paged_attention_mosaic_tpu, paged_mosaic_tpu.why_not),
     Implementation("chunked", paged_attention_chunked, lambda spec, target: None),
@@ -59,9 +52,12 @@ def attention(
     soft_cap: float | None = None,
     bias: Float[Array, "#B #N T S"] | None = None,
     sinks: Float[Array, "N"] | None = None,
+    layout: str = "contiguous",
     implementation: str | None = None,
 ) -> Float[Array, "B T N Hv"]:
     """Scaled dot-product attention with grouped kv heads; differentiable in q, k, v, bias and sinks.
+
+    Where the mesh in scope has a `context` axis, tokens lie over it and keys travel round it (context/ring.py).
 
     Args:
         mask: which keys each query may read.
@@ -69,6 +65,8 @@ def attention(
         soft_cap: scores become soft_cap * tanh(scores / soft_cap), after scale and before bias.
         bias: added to the scores, float32.
         sinks: score of one more key per head that every query may read and whose value is zero.
+        layout: "zigzag" where all tokens come in that order over the `context` axis (`context.to_zigzag`); the mask is
+            that of the sequence.
         implementation: by name, for tests and benches; None chooses.
     Returns:
         Rows in q's dtype; zeros for queries that may read no key.
@@ -78,35 +76,11 @@ def attention(
     check_heads(q.shape[2], k.shape[2])
     bias_shape = None if bias is None else bias.shape
     spec = AttentionSpec(q.shape, k.shape, v.shape[-1], str(q.dtype), bias_shape, mask)
-    kernel = select("attention", ATTENTION, spec, Target.of_mesh(), implementation).run
-    if may_be_spread() and not kernel.by_xla:
-        kernel = over_mesh(kernel)
+    target = Target.of_mesh()
+    kernel = select("attention", ATTENTION, spec, target, implementation).run
+    spreading = select("attention over a mesh", SPREADING, SpreadSpec(spec, layout), target).run
     scoring = Scoring(q.shape[-1] ** -0.5 if scale is None else scale, soft_cap)
-    return _attend(kernel, scoring, q, k, v, bias, sinks, mask)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(kernel: Kernel, scoring: Scoring, q, k, v, bias, sinks, mask: Mask):
-    return _attend_fwd(kernel, scoring, q, k, v, bias, sinks, mask)[0]
-
-
-def _attend_fwd(kernel: Kernel, scoring: Scoring, q, k, v, bias, sinks, mask: Mask):
-    out, lse = kernel.forward(q, k, v, bias, mask, scoring, q.dtype)
-    if sinks is not None:
-        out, lse = with_sinks(out, lse, sinks)
-    return out, (q, k, v, bias, sinks, mask, out, lse)
-
-
-def _attend_bwd(kernel: Kernel, scoring: Scoring, residuals, d_out):
-    q, k, v, bias, sinks, mask, out, lse = residuals
-    delta = row_products(out, d_out)
-    dq, dk, dv, d_bias = kernel.backward(q, k, v, bias, mask, scoring, lse, delta, d_out, q.dtype)
-    d_bias = None if bias is None else d_bias.astype(bias.dtype)
-    d_sinks = None if sinks is None else sinks_gradient(sinks, lse, delta)
-    return dq, dk.astype(k.dtype), dv.astype(v.dtype), d_bias, d_sinks, None
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)
+    return attend(spreading(kernel, layout), scoring, q, k, v, bias, sinks, mask)
 
 
 def paged_attention(

@@ -2,13 +2,16 @@
 
 A list of items, made by XLA from the lengths, is the kernel's program: a decode row, or a tile of a sequence's rows.
 Each item walks its key blocks with an online softmax; the pages of the next block, of this item or of the next, fly
-in while one is computed. Keys are never gathered, copied or transposed in HBM: a page [page, K, H] is page * K rows.
+in while one is computed. Keys are never gathered, copied or transposed in HBM: a page is page * K rows as it lies.
 
 Decode multiplies all query heads with all rows of a block, heads interleaved as they lie, and masks what belongs to
 another kv head. That wastes K - 1 of K scores and nothing that counts: a key row enters the MXU once either way, and no
 head has to be picked out of packed rows. With 32 query heads, 8 kv heads of 128 and bfloat16, a step over 256 tokens is
 about 700 bundles on v5e, whose memory takes 1,900 cycles for the bytes. Prefill picks heads by strided loads from a
 float32 copy of the block in VMEM, once per block.
+
+On a mesh every device runs it on its own heads, query heads beside the kv heads that they read, and on all rows.
+Nothing is summed over devices.
 
 The cache is written by XLA's scatter before the kernel: it is in place on a donated cache, it quantizes, and every
 implementation then reads the same bytes; fused here it would need DMAs of single rows, which int8 tiles do not allow.
@@ -27,6 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from meshloom.pallas_kernels.attention.kernel import MASKED
@@ -35,6 +39,7 @@ from meshloom.pallas_kernels.attention.pages import KVPages, Ragged
 from meshloom.pallas_kernels.attention.spec import PagedSpec
 from meshloom.pallas_kernels.dispatch import Target, may_be_spread
 
+_HEADS = "tensor"
 _LOG2E = math.log2(math.e)
 _LANES = 128
 # Rows of a tile of prefill, over the heads of one kv head.
@@ -103,10 +108,39 @@ def _items(ragged: Ragged, rows: int, sizes: _Sizes) -> tuple[Int[Array, "7 I"],
     return jnp.stack(fields).astype(jnp.int32), ends[-1:].astype(jnp.int32)
 
 
+class _Table:
+    """DMAs of one item's row of the page table into one of three buffers in SMEM, which has no room for all rows."""
+
+    def __init__(self, sizes: _Sizes, item, table, rows, sems):
+        self.sizes, self.item, self.table, self.rows, self.sems = sizes, item, table, rows, sems
+
+    def _each(self, i, act):
+        """Does `act` to the copies of the pages from the item's first block to the end of its sequence."""
+        first = self.item[_FIRST, i] * self.sizes.per_block // _LANES
+        pages = pl.cdiv(self.item[_LENGTH, i], self.sizes.page_size)
+
+        def copy(piece, _):
+            where = pl.ds(pl.multiple_of(piece * _LANES, _LANES), _LANES)
+            source, target = self.table.at[self.item[_SEQUENCE, i], :, where], self.rows.at[i % 3, :, where]
+            act(pltpu.make_async_copy(source, target, self.sems.at[i % 3]))
+
+        jax.lax.fori_loop(first, pl.cdiv(pages, _LANES), copy, None)
+
+    def start(self, i):
+        self._each(i, lambda copy: copy.start())
+
+    def wait(self, i):
+        self._each(i, lambda copy: copy.wait())
+
+    def page(self, i, at):
+        """Number of page `at` of the sequence of item i."""
+        return self.rows[i % 3, 0, at]
+
+
 class _Block:
     """DMAs of one block of pages into one of two buffers."""
 
-    def __init__(self, sizes: _Sizes, item, table, copies, sems):
+    def __init__(self, sizes: _Sizes, item, table: _Table, copies, sems):
         self.sizes, self.item, self.table, self.copies, self.sems = sizes, item, table, copies, sems
 
     def _each(self, i, j, slot, act, every):
@@ -114,10 +148,9 @@ class _Block:
         sizes = self.sizes
         first = j * sizes.per_block
         pages = pl.cdiv(self.item[_LENGTH, i], sizes.page_size) - first
-        sequence = self.item[_SEQUENCE, i]
 
         def page(b):
-            number = self.table[sequence, first + b]
+            number = self.table.page(i, first + b)
             for source, buffer, axis in self.copies:
                 size = sizes.page_rows
                 where = pl.ds(pl.multiple_of(b * size, size), size)
@@ -163,22 +196,24 @@ def _elements(x, sizes: _Sizes):
     return pltpu.bitcast(x, jnp.float8_e4m3fn) if sizes.element == "float8_e4m3fn" else x
 
 
-def _kernel(sizes: _Sizes, has_sinks: bool, item, total, table, *arrays):
+def _kernel(sizes: _Sizes, has_sinks: bool, item, total, *arrays):
     refs: list[Any] = list(arrays)
-    q_hbm, k_hbm, v_hbm = refs[:3]
-    del refs[:3]
+    table_hbm, q_hbm, k_hbm, v_hbm = refs[:4]
+    del refs[:4]
     scales = [refs.pop(0) for _ in range(2 * sizes.scaled)]
     head_bias, token_of = refs.pop(0), refs.pop(0)
     sinks, sink_rows = (refs.pop(0), refs.pop(0)) if has_sinks else (None, None)
     out_hbm = refs.pop(0)
     k_buf, v_buf = refs.pop(0), refs.pop(0)
     scale_bufs = [refs.pop(0) for _ in range(2 * sizes.scaled)]
-    q_buf, out_buf, q_rows, top_ref, norm_ref, acc_ref, k_wide, v_wide, page_sems, q_sems, out_sem = refs
+    q_buf, out_buf, q_rows, top_ref, norm_ref, acc_ref, k_wide, v_wide, table_rows = refs[:9]
+    page_sems, q_sems, out_sem, table_sems = refs[9:]
 
     tile, group, lanes = sizes.tile, sizes.group, _LANES
     dtype = q_buf.dtype
     copies = [(k_hbm, k_buf, 0), (v_hbm, v_buf, 0)]
     copies += [(source, buffer, 1) for source, buffer in zip(scales, scale_bufs, strict=True)]
+    table = _Table(sizes, item, table_hbm, table_rows, table_sems)
     blocks = _Block(sizes, item, table, copies, page_sems)
 
     def rows_of(i, act):
@@ -222,6 +257,7 @@ def _kernel(sizes: _Sizes, has_sinks: bool, item, total, table, *arrays):
 
             @pl.when(next_i < total[0])
             def _():
+                pl.when(~more)(lambda: table.wait(next_i))
                 blocks.start(next_i, jnp.where(more, j + 1, item[_FIRST, next_i]), 1 - slot)
 
             blocks.wait(i, j, slot)
@@ -333,6 +369,7 @@ def _kernel(sizes: _Sizes, has_sinks: bool, item, total, table, *arrays):
         return slot
 
     def run(i, slot):
+        pl.when(i + 2 < total[0])(lambda: table.start(i + 2))
         pl.when(i + 1 < total[0])(lambda: rows_of(i + 1, lambda rows: q_copy(i + 1, rows).start()))
         rows_of(i, lambda rows: q_copy(i, rows).wait())
         if tile == 1:
@@ -341,7 +378,10 @@ def _kernel(sizes: _Sizes, has_sinks: bool, item, total, table, *arrays):
 
     @pl.when(total[0] > 0)
     def _():
+        table.start(0)
+        pl.when(total[0] > 1)(lambda: table.start(1))
         rows_of(0, lambda rows: q_copy(0, rows).start())
+        table.wait(0)
         blocks.start(0, item[_FIRST, 0], 0)
         jax.lax.fori_loop(0, total[0], run, 0)
         settle(total[0])
@@ -355,15 +395,39 @@ def paged_attention_mosaic_tpu(
     sinks: Float[Array, "N"] | None,
 ) -> Float[Array, "T N H"]:
     """Equal to the reference up to rounding; rows that are padding are zeros. Reads only pages that sequences have."""
+    if not may_be_spread():
+        return _attend(q, pages, ragged, scoring, sinks)
+    mesh = jax.sharding.get_abstract_mesh()
+    heads = _HEADS if mesh.shape.get(_HEADS, 1) > 1 else None
+    of_heads, everywhere = PartitionSpec(None, heads), PartitionSpec()
+    # The body holds a Pallas call, which does not say over which axes its results vary.
+    return jax.shard_map(
+        lambda q, pages, ragged, sinks: _attend(q, pages, ragged, scoring, sinks),
+        mesh=mesh,
+        in_specs=(of_heads, of_heads, everywhere, PartitionSpec(heads)),
+        out_specs=of_heads,
+        check_vma=False,
+    )(q, pages, ragged, sinks)
+
+
+def _attend(
+    q: Float[Array, "T N H"],
+    pages: KVPages,
+    ragged: Ragged,
+    scoring: PagedScoring,
+    sinks: Float[Array, "N"] | None,
+) -> Float[Array, "T N H"]:
+    """On one device: all that it has of the heads."""
     rows, heads, head_dim = q.shape
     sizes = _sizes(q.shape, pages, ragged, scoring)
     items, total = _items(ragged, rows, sizes)
     tall, block_rows = sizes.tile * sizes.group, sizes.block_rows
     column = jnp.arange(block_rows, dtype=jnp.int32)
     same_head = jnp.arange(heads)[:, None] // sizes.group == column % sizes.kv_heads
-    inputs = [jnp.pad(q, ((0, sizes.tile), (0, 0), (0, 0)))]
-    inputs += [x.reshape(x.shape[0], sizes.page_rows, head_dim) for x in (pages.k, pages.v)]
-    inputs += [pages.k_scale, pages.v_scale] if sizes.scaled else []
+    table = jnp.pad(ragged.page_table, ((0, 0), (0, -ragged.capacity % _LANES)))[:, None]
+    inputs = [table, jnp.pad(q, ((0, sizes.tile), (0, 0), (0, 0)))]
+    held = [pages.k, pages.v, *([pages.k_scale, pages.v_scale] if sizes.scaled else [])]
+    inputs += [x.reshape(x.shape[0], *x.shape[2:]) for x in held]
     spaces: list[Any] = [pl.ANY] * len(inputs)
     inputs += [jnp.where(same_head, 0.0, MASKED), (column // sizes.kv_heads)[None]]
     if sinks is not None:
@@ -386,15 +450,17 @@ def paged_attention_mosaic_tpu(
         pltpu.VMEM((sizes.kv_heads, tall, head_dim), jnp.float32),
         wide,
         wide,
+        pltpu.SMEM((3, 1, table.shape[2]), jnp.int32),
         pltpu.SemaphoreType.DMA((2,)),
         pltpu.SemaphoreType.DMA((2,)),
         pltpu.SemaphoreType.DMA,
+        pltpu.SemaphoreType.DMA((3,)),
     ]
     varying = jax.typeof(pages.k).manual_axis_type
     out = pl.pallas_call(
         functools.partial(_kernel, sizes, sinks is not None),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
+            num_scalar_prefetch=2,
             grid=(),
             in_specs=[pl.BlockSpec(memory_space=space) for space in spaces],
             out_specs=pl.BlockSpec(memory_space=pl.ANY),
@@ -404,7 +470,7 @@ def paged_attention_mosaic_tpu(
         # Page numbers are the caller's word, here as in `chunked`; checking each copy takes 20 of 40 bundles.
         compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
         name="paged_attention",
-    )(items, total, ragged.page_table, *inputs)
+    )(items, total, *inputs)
     # Nothing has written the rows of no sequence.
     return jnp.where((jnp.arange(rows) < ragged.total)[:, None, None], out[:rows], 0)
 
@@ -426,8 +492,12 @@ def why_not(spec: PagedSpec, target: Target) -> str | None:
     """Why this kernel cannot run a call, or None."""
     if target.platform != "tpu":
         return f"it runs on TPUs, not on {target.platform or 'a device that no mesh in scope names'}"
-    if may_be_spread():
-        return "XLA does not split kernels: call it inside shard_map"
+    mesh = jax.sharding.get_abstract_mesh()
+    if may_be_spread() and mesh.manual_axes:
+        return "XLA does not split kernels, and only some axes of the mesh are inside shard_map"
+    shards, devices = spec.pages_shape[1], mesh.shape.get(_HEADS, 1) if may_be_spread() else 1
+    if shards != devices:
+        return f"the cache's kv heads are in {shards} shard(s), for {devices} device(s) of the {_HEADS} axis"
     head_dim = spec.q_shape[-1]
     if head_dim > _LANES and head_dim % _LANES:
         return f"rows of head dim {head_dim} are no whole vectors of {_LANES} lanes"
@@ -435,6 +505,6 @@ def why_not(spec: PagedSpec, target: Target) -> str | None:
         return "a bias by distance needs a gather per score"
     if spec.element == "int4":
         return "int4 halves of a byte are unpacked by chunked only"
-    if spec.element not in ("float32", "bfloat16") and spec.pages_shape[1] * spec.kv_heads % _LANES:
-        return f"a page's {spec.pages_shape[1] * spec.kv_heads} scales are no whole rows of {_LANES} lanes"
+    if spec.element not in ("float32", "bfloat16") and spec.pages_shape[2] % _LANES:
+        return f"a page's {spec.pages_shape[2]} scales are no whole rows of {_LANES} lanes: take larger pages"
     return None

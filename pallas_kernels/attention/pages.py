@@ -9,7 +9,11 @@ element (int8), 1/16 of each element (float8), 1/14 of the row's greatest (int4)
 float8 and int4 are stored as bytes and read as what they are block by block. XLA's CPU widens a whole operand of these
 types before it scatters to it, and a whole operand that is converted bit by bit is another copy of the cache.
 
-Shape legend: see spec.py; Kb = K, or K / 2 for int4; m pages of one block, c = m * page keys.
+A page is rows of H elements, heads of a token after each other, and no array has a dimension of kv heads. A TPU pads
+the last two dimensions to whole tiles: for 2 heads of int8, or any 3, XLA turned such a cache around before each write
+and back after it (v5e). Where kv heads are split over devices, the rows of each are a shard.
+
+Shape legend: see spec.py; Kp = kv heads of a shard, halved for int4; m pages of one block, c = m * page keys.
 """
 
 import dataclasses
@@ -26,6 +30,7 @@ from meshloom.pallas_kernels.attention.spec import Leaf
 # Greatest magnitude that each scaled element type stores. int8 and int4 are symmetric: -128 and -8 stay unused.
 _SPAN = {"int8": 127.0, "float8_e4m3fn": 448.0, "int4": 7.0}
 _PLAIN = ("float32", "bfloat16")
+_PAGES = 8
 _BYTES = ("float8_e4m3fn", "int4")
 
 
@@ -70,57 +75,68 @@ class Ragged:
         return self.page_table.shape[1]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "k_scale", "v_scale"], meta_fields=["element"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["k", "v", "k_scale", "v_scale"],
+    meta_fields=["page_size", "element"],
+)
 @dataclasses.dataclass(frozen=True)
 class KVPages:
     """One layer's share of the paged cache: keys and values in pages of `page_size` tokens.
 
     Attributes:
-        k, v: elements as stored: float8 as the bits of each in uint8; int4 two to a uint8, kv heads 2i and 2i + 1 in
-            the low and high half of [i].
-        k_scale, v_scale: what the stored elements are multiplied by, one per token and kv head, tokens outermost, in
-            one row per page; None for float32 and bfloat16. A row of its own per page, because a TPU moves whole
-            (8, 128) tiles and [P, page * K] would put eight pages into one.
+        k, v: elements as stored, in shards of the kv heads, tokens outermost in each: float8 as the bits of each in
+            uint8; int4 two to a uint8, kv heads 2i and 2i + 1 in the low and high half of [i].
+        page_size: tokens in one page.
+        k_scale, v_scale: what the stored elements are multiplied by, one per token and kv head, in one row per page and
+            shard; None for float32 and bfloat16. A row of its own per page, because a TPU moves whole (8, 128) tiles
+            and [P, page * K] would put eight pages into one. Pages, P8, are rounded up to whole tiles, since XLA
+            writes to all rows of all pages as to tiles.
         element: name of the element type: "float32", "bfloat16", "int8", "float8_e4m3fn" or "int4".
     """
 
-    k: Num[Array, "*L P page Kb H"] | Leaf
-    v: Num[Array, "*L P page Kb H"] | Leaf
-    k_scale: Float[Array, "*L P 1 page_K"] | Leaf | None = None
-    v_scale: Float[Array, "*L P 1 page_K"] | Leaf | None = None
+    k: Num[Array, "*L P shards page_Kp H"] | Leaf
+    v: Num[Array, "*L P shards page_Kp H"] | Leaf
+    page_size: int
+    k_scale: Float[Array, "*L P8 shards 1 columns"] | Leaf | None = None
+    v_scale: Float[Array, "*L P8 shards 1 columns"] | Leaf | None = None
     element: str = "float32"
 
     @classmethod
-    def zeros(cls, num_pages: int, page_size: int, n_kv_heads: int, head_dim: int, dtype: Any) -> "KVPages":
+    def zeros(
+        cls, num_pages: int, page_size: int, n_kv_heads: int, head_dim: int, dtype: Any, shards: int = 1
+    ) -> "KVPages":
         """A fresh cache of `num_pages` pages of `page_size` tokens.
 
         Args:
             dtype: float32, bfloat16, or with scales int8, float8_e4m3fn, int4.
-        Raises MeshloomError for other types, and for int4 with an odd number of kv heads.
+            shards: devices that kv heads are split over; all arrays split along the third dimension from the last.
+        Raises MeshloomError for other types, heads that do not divide over the shards, and int4 with an odd number of
+        kv heads in a shard.
         """
         name = jnp.dtype(dtype).name
         if name not in _PLAIN and name not in _SPAN:
             raise MeshloomError(f"a cache keeps {', '.join((*_PLAIN, *_SPAN))}; got {name}")
-        if name == "int4" and n_kv_heads % 2:
-            raise MeshloomError(f"an int4 cache packs kv heads in pairs; got {n_kv_heads}: take int8")
+        each, rest = divmod(n_kv_heads, shards)
+        if rest:
+            raise MeshloomError(f"a cache of {n_kv_heads} kv heads does not divide over {shards} devices")
+        if name == "int4" and each % 2:
+            where = "" if shards == 1 else f" on each of {shards} devices"
+            raise MeshloomError(f"an int4 cache packs kv heads in pairs; got {each}{where}: take int8")
         stored = jnp.uint8 if name in _BYTES else dtype
-        shape = (num_pages, page_size, n_kv_heads // 2 if name == "int4" else n_kv_heads, head_dim)
-        scales = (num_pages, 1, page_size * n_kv_heads)
+        shape = (num_pages, shards, page_size * (each // 2 if name == "int4" else each), head_dim)
+        scales = (-(-num_pages // _PAGES) * _PAGES, shards, 1, page_size * each)
 
         def scale():
             return jnp.zeros(scales, jnp.float32) if name in _SPAN else None
 
-        return cls(jnp.zeros(shape, stored), jnp.zeros(shape, stored), scale(), scale(), name)
-
-    @property
-    def page_size(self) -> int:
-        """Tokens in one page."""
-        return self.k.shape[-3]
+        return cls(jnp.zeros(shape, stored), jnp.zeros(shape, stored), page_size, scale(), scale(), name)
 
     @property
     def kv_heads(self) -> int:
         """Heads of the keys and values."""
-        return self.k.shape[-2] * (2 if self.element == "int4" else 1)
+        shards, rows = self.k.shape[-3:-1]
+        return shards * rows // self.page_size * (2 if self.element == "int4" else 1)
 
     def write(
         self, k: Float[Array, "T K H"], v: Float[Array, "T K H"], ragged: Ragged, part: "PagePart | None" = None
@@ -138,33 +154,60 @@ class KVPages:
         else:
             page, held = part.find(sequence, index)
             stored &= held
-        num_slots = self.k.shape[0] * self.page_size
-        # A slot past the last one is dropped by the scatter.
-        slot = jnp.where(stored, page * self.page_size + position % self.page_size, num_slots)
+        offset = position % self.page_size
+
+        def page_in(pages):
+            return jnp.where(stored, page, pages.shape[0])  # past the last one: dropped by the scatter
 
         def put(pages, values):
-            flat = pages.reshape(num_slots, *values.shape[1:])
-            return flat.at[slot].set(values, mode="drop").reshape(pages.shape)
+            """Shard by shard: a scatter whose indices name the shard would gather them and the rows over devices."""
+            shards = pages.shape[1]
+            each = values.shape[1] // shards
+            window = _rows_at_once(each, values.shape[2], values.dtype.itemsize)
+            slot = page_in(pages) * self.page_size + offset
+            where = slot[:, None] * (each // window) + jnp.arange(each // window)
+
+            def put_shard(pages, values):
+                flat = pages.reshape(-1, window, pages.shape[-1])
+                return flat.at[where].set(values, mode="drop").reshape(pages.shape)
+
+            return jax.vmap(put_shard, 1, 1)(pages, values.reshape(rows, shards, each // window, window, -1))
 
         if self.element in _PLAIN:
             k, v = (x.astype(self.k.dtype) for x in (k, v))
             return dataclasses.replace(self, k=put(self.k, k), v=put(self.v, v))
-        # Where they lie, one by one: as [P * page, K] rows, a TPU would copy the scales to another tiling and back.
-        lane = (position % self.page_size)[:, None] * self.kv_heads + jnp.arange(self.kv_heads)
-        where = jnp.where(stored, page, self.k.shape[0])[:, None], 0, lane
 
-        def put_scaled(pages, scales, values):
-            values, scale = _quantized(values, self.element)
-            return put(pages, values), scales.at[where].set(scale, mode="drop")
+        def put_scales(scales, values):
+            """One by one, by rows of a TPU's lanes: by other rows it would copy them to another tiling and back."""
+            shards, columns = scales.shape[1], scales.shape[3]
+            each, lanes = columns // self.page_size, 128 if columns % 128 == 0 else columns
+            row, lane = jnp.divmod(offset[:, None] * each + jnp.arange(each), lanes)
+            where = page_in(scales)[:, None] * (columns // lanes) + row, lane
 
-        (new_k, k_scale), (new_v, v_scale) = put_scaled(self.k, self.k_scale, k), put_scaled(self.v, self.v_scale, v)
-        return KVPages(new_k, new_v, k_scale, v_scale, self.element)
+            def put_shard(scales, values):
+                return scales.reshape(-1, lanes).at[where].set(values, mode="drop").reshape(scales.shape)
+
+            return jax.vmap(put_shard, 1, 1)(scales, values.reshape(rows, shards, each))
+
+        (k, k_scale), (v, v_scale) = _quantized(k, self.element), _quantized(v, self.element)
+        return dataclasses.replace(
+            self,
+            k=put(self.k, k),
+            v=put(self.v, v),
+            k_scale=put_scales(self.k_scale, k_scale),
+            v_scale=put_scales(self.v_scale, v_scale),
+        )
 
     def gather(self, ids: Int[Array, "X m"]) -> "KVBlock":
         """The keys and values of `m` pages for each of X sequences."""
 
+        def tokens(pages, *last):
+            """[X, m, shards, page * n, ...] as [X, c, K, *last]."""
+            found = pages[ids].reshape(*ids.shape, pages.shape[1], self.page_size, -1, *last)
+            return found.swapaxes(2, 3).reshape(ids.shape[0], ids.shape[1] * self.page_size, -1, *last)
+
         def elements(pages):
-            found = pages[ids].reshape(ids.shape[0], -1, *pages.shape[2:])
+            found = tokens(pages, pages.shape[-1])
             match self.element:
                 case "int4":
                     return _unpacked(found)
@@ -173,7 +216,7 @@ class KVPages:
             return found
 
         def scale(scales):
-            return None if scales is None else scales[ids].reshape(ids.shape[0], ids.shape[1] * self.page_size, -1)
+            return None if scales is None else tokens(scales)
 
         return KVBlock(elements(self.k), elements(self.v), scale(self.k_scale), scale(self.v_scale))
 
@@ -213,6 +256,15 @@ class PagePart:
         return self.page_table[sequence, jnp.argmax(same, axis=1)], jnp.any(same, axis=1)
 
 
+def _rows_at_once(heads: int, head_dim: int, itemsize: int) -> int:
+    """Rows that one write of a token's `heads` rows moves: all, where they are whole tiles as a TPU lays out rows.
+
+    Elsewhere it would turn the cache around for them. Rows one by one cost a write each.
+    """
+    least = max(4 // itemsize, 1) if head_dim <= 128 else 32 if itemsize == 1 else 8
+    return heads if heads >= least and heads & (heads - 1) == 0 else 1
+
+
 def _quantized(x: Float[Array, "T K H"], element: str) -> tuple[Array, Float[Array, "T K"]]:
     """Elements as stored and their scales; a row of zeros has scale zero."""
     x = x.astype(jnp.float32)
@@ -224,13 +276,13 @@ def _quantized(x: Float[Array, "T K H"], element: str) -> tuple[Array, Float[Arr
     return _packed(x) if element == "int4" else x, scale
 
 
-def _packed(x: Int[Array, "T K H"]) -> UInt[Array, "T Kb H"]:
+def _packed(x: Int[Array, "T K H"]) -> UInt[Array, "T half_K H"]:
     """Two kv heads in a byte."""
     low, high = x[:, 0::2].astype(jnp.uint8), x[:, 1::2].astype(jnp.uint8)
     return (low & 15) | (high << 4)
 
 
-def _unpacked(x: UInt[Array, "X c Kb H"]) -> Int[Array, "X c K H"]:
+def _unpacked(x: UInt[Array, "X c half_K H"]) -> Int[Array, "X c K H"]:
     """int8 from two kv heads in a byte; shifts of signed bytes restore the signs."""
     low, high = (x << 4).astype(jnp.int8) >> 4, x.astype(jnp.int8) >> 4
     return jnp.stack([low, high], axis=3).reshape(*x.shape[:2], -1, x.shape[3])

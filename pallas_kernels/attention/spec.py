@@ -94,7 +94,7 @@ class PagedSpec:
     """The static facts of one `paged_attention` call, for choosing an implementation.
 
     Attributes:
-        pages_shape: of the keys, [P, page, Kb, H]. element: of the cache, see KVPages.
+        pages_shape: of the keys, [P, shards, rows, H]. element: of the cache, see KVPages.
         sequences, table_width: rows and columns of the page table.
         distance_bias: whether scores get one.
     """

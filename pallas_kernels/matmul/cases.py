@@ -1,4 +1,4 @@
-"""The one list of grouped products and of products with adapters, for tests, benches and tuning."""
+"""The one list of grouped, adapted and quantized products, for tests, benches and tuning."""
 
 import dataclasses
 
@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from meshloom.pallas_kernels.matmul.lora import LoraPages
-from meshloom.pallas_kernels.matmul.qarray import QArray, quantize
+from meshloom.pallas_kernels.matmul.qarray import QArray
+from meshloom.pallas_kernels.matmul.quantized import quantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,4 +113,66 @@ LORA_CASES = (
     LoraCase("more_adapters_than_rows", (2,) * 7, (6, 3, -1, 3, 0), rows=5),
     LoraCase("one_row", (2, 5), (1,), rows=1),
     LoraCase("bfloat16", (8, 1, 16), (2, 0, 1, -1), dtype="bfloat16", contracted=64, columns=96),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedCase:
+    """One call of `quantized_matmul`.
+
+    Attributes:
+        format: of the weight. activations: what the rows are rounded to.
+        outlier: what some numbers of some rows are multiplied with.
+        zeros: rows of x and of the weight that are zero.
+    """
+
+    name: str
+    format: str
+    activations: str
+    rows: int = 5
+    contracted: int = 256
+    columns: int = 128
+    dtype: str = "float32"
+    outlier: float = 1.0
+    zeros: int = 0
+
+    def arrays(self, seed: int = 0) -> tuple[jax.Array, QArray]:
+        """x [R, I] and the weight [O, I]."""
+        rng = np.random.default_rng(seed)
+        x, w = rng.normal(size=(self.rows, self.contracted)), rng.normal(size=(self.columns, self.contracted))
+        x[::2, ::7] *= self.outlier
+        x[: self.zeros], w[: self.zeros] = 0, 0
+        return jnp.asarray(x, self.dtype), _quantize(jnp.asarray(w, self.dtype), self.format)
+
+
+_quantize = jax.jit(quantize, static_argnums=1)
+
+
+QUANTIZED_CASES = (
+    QuantizedCase("w8a8", "int8", "int8"),
+    QuantizedCase("w8a8_bfloat16", "int8", "int8", dtype="bfloat16", rows=33),
+    QuantizedCase("w8a8_one_row", "int8", "int8", rows=1),
+    QuantizedCase("w8a8_no_rows", "int8", "int8", rows=0),
+    QuantizedCase("w8a8_rows_of_zeros", "int8", "int8", zeros=2),
+    QuantizedCase("w8a8_odd_sizes", "int8", "int8", rows=7, contracted=75, columns=13),
+    QuantizedCase("w8a16_in_integers", "int8", "int16", outlier=100.0),
+    QuantizedCase("w8a16", "int8", "float", dtype="bfloat16"),
+    QuantizedCase("w4a16_groups_of_32", "int4_32", "float", dtype="bfloat16"),
+    QuantizedCase("w4a16_groups_of_64", "int4_64", "float", dtype="bfloat16", rows=40),
+    QuantizedCase("w4a16_groups_of_128", "int4_128", "float", zeros=2),
+    QuantizedCase("w4a16_one_row", "int4_128", "float", dtype="bfloat16", rows=1, columns=40),
+    QuantizedCase("w4a16_in_integers", "int4_64", "int16"),
+    QuantizedCase("w4a8_groups_of_32", "int4_32", "int8", dtype="bfloat16"),
+    QuantizedCase("w4a8_one_group", "int4_128", "int8", contracted=128, rows=2),
+    QuantizedCase("w4a8_outliers", "int4_128", "int8", outlier=100.0, zeros=1),
+    QuantizedCase("fp8_weights", "fp8", "float", dtype="bfloat16"),
+    QuantizedCase("fp8_tensor", "fp8", "fp8", zeros=2),
+    QuantizedCase("fp8_rows", "fp8_row", "fp8", outlier=1e4),
+    QuantizedCase("fp8_blocks", "fp8_block", "fp8", rows=4, columns=256, outlier=100.0),
+    QuantizedCase("fp8_blocks_bfloat16", "fp8_block", "fp8", dtype="bfloat16", zeros=1),
+    QuantizedCase("fp8_no_rows", "fp8_block", "fp8", rows=0),
+    QuantizedCase("mxfp4_weights", "mxfp4", "float", dtype="bfloat16"),
+    QuantizedCase("mxfp4", "mxfp4", "mxfp4", zeros=2),
+    QuantizedCase("nvfp4_weights", "nvfp4", "float"),
+    QuantizedCase("nvfp4", "nvfp4", "nvfp4", zeros=2, outlier=30.0),
 )

@@ -1,7 +1,8 @@
-"""Quantized weights: small integers and the scales that turn them back into numbers.
+"""Quantized weights: small numbers and the scales that turn them back.
 
-A `QArray` is a pytree of two arrays of the same rank, so that it passes through jit, scan, donation and sharding as any
-weight does, and a slice of a stack of them is one of them.
+A `QArray` is a pytree of arrays of the same rank, so that it passes through jit, scan, donation and sharding as any
+weight does, and a slice of a stack of them is one of them. What a scale covers follows from the shapes alone: each
+dimension of the scales divides that of the values.
 """
 
 import dataclasses
@@ -10,44 +11,57 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
-
-INT8 = 127  # largest value used; -128 is left out, so that negation is exact
-INT16 = 127 * 256 + 127  # largest value of which both bytes, the low one signed, fit int8
+from jaxtyping import Array, Float
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("values", "scales"), meta_fields=("dtype",))
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("values", "scales", "tensor_scale"), meta_fields=("dtype",)
+)
 @dataclasses.dataclass(frozen=True)
 class QArray:
-    """The matrix values * scales, or a stack of them.
+    """The matrix values * scales * tensor_scale, or a stack of them.
 
     Attributes:
-        values: int8 `[..., O, I]`.
-        scales: float32 `[..., O, 1]`.
+        values: `[..., O, I]`, int8, int4, float8 or float4.
+        scales: `[..., O / rows, I / columns]`, one for each block of rows x columns values (`block`); float32, or a
+            float8 of which `tensor_scale` makes a number.
         dtype: floating-point type of the numbers it stands for.
+        tensor_scale: float32 `[..., 1, 1]`, or None for 1.
     """
 
     values: Any  # arrays, or what a pytree may hold in their place: a sharding, a ShapeDtypeStruct
     scales: Any
     dtype: Any
+    tensor_scale: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
 
+    @property
+    def block(self) -> tuple[int, int]:
+        """Rows and columns that share a scale."""
+        (rows, columns), (down, across) = self.values.shape[-2:], self.scales.shape[-2:]
+        return rows // max(down, 1), columns // max(across, 1)
+
     def __getitem__(self, index: Any) -> Float[Array, "*rows I"]:
-        """Rows, as numbers."""
-        return (self.values[index].astype(jnp.float32) * self.scales[index]).astype(self.dtype)
+        """Rows as numbers, by their position (or positions, or all with `...`); of a stack, whole matrices."""
+
+        def at(part):
+            if index is Ellipsis or isinstance(index, slice) or part.shape[0] == self.values.shape[0]:
+                return part[index]
+            return part[index // (self.values.shape[0] // part.shape[0])]
+
+        values, scales = at(self.values).astype(jnp.float32), at(self.scales).astype(jnp.float32)
+        if self.tensor_scale is not None:
+            scales = scales * at(self.tensor_scale)
+        return (values * expand(scales, values.shape)).astype(self.dtype)
 
 
-def quantize(x: Float[Array, "*stack O I"]) -> QArray:
-    """Symmetric int8 with a scale per row: |x - quantize(x)| <= max |row| / 254, and a row of zeros stays one."""
-    values, scales = round_rows(x, INT8)
-    return QArray(values.astype(jnp.int8), scales, x.dtype)
-
-
-def round_rows(x: Float[Array, "*rows I"], largest: int) -> tuple[Int[Array, "*rows I"], Float[Array, "*rows 1"]]:
-    """int32 values of at most `largest`, and float32 scales, one per row. A row's result depends on that row alone."""
-    x = x.astype(jnp.float32)
-    scales = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / largest
-    return jnp.round(x / jnp.where(scales > 0, scales, 1.0)).astype(jnp.int32), scales
+def expand(scales: Float[Array, "..."], shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """The scale of each value of an array of `shape`, or what broadcasts to it."""
+    if all(few in (1, many) for few, many in zip(scales.shape, shape, strict=True)):
+        return scales
+    apart = [part for few, many in zip(scales.shape, shape, strict=True) for part in (few, many // max(few, 1))]
+    alone = [part for few in scales.shape for part in (few, 1)]
+    return jnp.broadcast_to(scales.reshape(alone), apart).reshape(shape)

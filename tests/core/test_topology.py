@@ -1,7 +1,11 @@
 """Device strings and meshes say what they mean or are refused with what would work."""
 
+import itertools
+
 import jax
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from meshloom.core.errors import ConfigError, ShardingError
 from meshloom.core.topology import abstract_mesh, make_mesh, network, parse_devices, simulate_cpu_devices, use_devices
@@ -17,6 +21,9 @@ from meshloom.core.topology import abstract_mesh, make_mesh, network, parse_devi
         ("h100:16x8", "h100", 128),
         ("v5p:2x2x1", "v5p", 4),
         ("tpu7x:2x2x1", "tpu7x", 8),  # two devices per chip
+        ("2xh100:16x8@25", "h100", 256),
+        ("3xa100-40:8@12.5", "a100-40", 24),
+        ("2xv5e:16x16@100", "v5e", 512),
     ],
 )
 def test_device_strings(text, platform, count):
@@ -93,6 +100,32 @@ def test_the_network_of_gpus_is_that_of_their_nodes():
     assert (nvlink.devices, between.name, between.devices, between.bandwidth) == (8, "network", 128, 50e9)
 
 
+def test_the_network_of_islands_has_three_levels_and_their_devices_share_the_line():
+    nvlink, between, line = network(parse_devices("2xh100:16x8@25"))
+    assert (nvlink.name, nvlink.devices, nvlink.bandwidth) == ("nvlink", 8, 450e9)
+    assert (between.name, between.devices, between.bandwidth) == ("network", 128, 50e9)
+    assert (line.name, line.devices, line.bandwidth) == ("line", 256, 25e9 / 128)
+
+
+def test_islands_of_one_node_have_no_network_inside():
+    assert [level.name for level in network(parse_devices("2xh100:8@25"))] == ["nvlink", "line"]
+
+
+def test_slices_may_have_another_line_than_the_tables():
+    _, between = network(parse_devices("2xv5e:16x16@100"))
+    assert (between.name, between.devices, between.bandwidth) == ("dcn", 512, 100e9 / 256)
+
+
+@given(islands=st.integers(2, 9), nodes=st.integers(1, 300), gpus=st.integers(1, 8), tenths=st.integers(1, 10**5))
+def test_islands_are_read_as_written_and_each_level_holds_whole_groups_of_the_one_inside(islands, nodes, gpus, tenths):
+    devices = parse_devices(f"{islands}xh100:{nodes}x{gpus}@{tenths / 10}")
+    assert (devices.islands, devices.shape, devices.count) == (islands, (islands * nodes, gpus), islands * nodes * gpus)
+    levels = network(devices)
+    assert levels[-1].devices == devices.count
+    assert levels[-1].bandwidth * nodes * gpus == pytest.approx(tenths * 1e8)
+    assert all(outer.devices % inner.devices == 0 for inner, outer in itertools.pairwise(levels))
+
+
 def test_both_devices_of_a_tpu7x_chip_are_in_its_slice():
     assert network(parse_devices("tpu7x:2x2x1"))[0].devices == 8
 
@@ -120,7 +153,14 @@ def test_names_of_chips_may_have_a_hyphen():
         ("v5p:4x4", "slices of v5p are AxBxC"),
         ("v5p:3x4x4", "each 1, 2 or a multiple of 4"),
         ("v4:16x16x20", "of at most 4096 chips"),
-        ("2xh100:4x8", "write nodes x GPUs, as in h100:8x8"),
+        ("2xh100:4x8", "say its GB/s, as in 2xh100:4x8@25; on one network, write nodes x GPUs, as in h100:8x8"),
+        ("2xh100:4x16@25", "a node has at most 8 x h100"),
+        ("2xv5e:3x5@25", "slices of v5e are"),
+        ("h100:4x8@25", "the GB/s of the line between islands or slices"),
+        ("v5e:4x4@25", "the GB/s of the line between islands or slices"),
+        ("2xcpu:4@25", "the GB/s of the line between islands or slices"),
+        ("2xh100:4x8@0", "more than 0"),
+        ("h100:16x8+a100:8x8", "islands of the slower chip and the smaller group, as in"),
     ],
 )
 def test_slices_and_nodes_that_nobody_builds_are_refused_with_those_there_are(text, there_is):

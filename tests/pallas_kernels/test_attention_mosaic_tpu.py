@@ -136,11 +136,12 @@ def test_the_table_says_why_not():
     with jax.set_mesh(make_mesh("fsdp=4,tensor=2")):
         assert "1 rows of the batch do not divide over 4 devices" in reason(on_tpu, **plain)
         assert reason(on_tpu, **plain, q_shape=(4, 4096, 8, 128)) is None
-        assert "1 kv heads do not divide over 2" in reason(
-            on_tpu, **plain, q_shape=(4, 4096, 8, 128), kv_shape=(4, 4096, 1, 128)
+        assert reason(on_tpu, **plain, q_shape=(4, 4096, 8, 128), kv_shape=(4, 4096, 1, 128)) is None
+        assert "9 heads do not divide over 2" in reason(
+            on_tpu, **plain, q_shape=(4, 4096, 9, 128), kv_shape=(4, 4096, 3, 128)
         )
     with jax.set_mesh(make_mesh("context=8")):
-        assert "context axis" in reason(on_tpu, **plain)
+        assert "context axis" in reason(on_tpu, **plain | {"q_shape": (1, 4095, 8, 128)})
 
 
 @pytest.mark.parametrize("mesh", ["fsdp=2", "data=2,fsdp=2,tensor=2", "fsdp=2,expert=2,tensor=2", "tensor=2"])

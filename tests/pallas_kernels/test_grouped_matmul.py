@@ -222,7 +222,7 @@ def test_tpus_compile_it_with_both_gradients(chip, quantized):
 def test_the_table_says_why():
     spec = GroupedSpec(64, 4, 32, 32, "bfloat16", "bfloat16", transposed=True, spread=False)
     reasons = {row.name: row.reason for row in explain(GROUPED_MATMUL, spec, Target("cpu"))}
-    assert reasons["mosaic_tpu"] == "for TPUs"
+    assert reasons["mosaic_tpu"] == "it runs on TPUs, not on cpu"
     assert reasons["loop"] is None
     reasons = {row.name: row.reason for row in explain(GROUPED_MATMUL, spec, Target())}
     assert "CPUs" in reasons["loop"]
@@ -253,5 +253,5 @@ def test_what_does_not_fit_is_named():
         grouped_matmul(x, w, sizes)
     with pytest.raises(MeshloomError, match="2 group sizes for 3 weights"):
         GroupedSpec.of(x, w, sizes[:2], True)
-    with pytest.raises(MeshloomError, match="implementation 'mosaic_tpu' cannot run this call: for TPUs"):
+    with pytest.raises(MeshloomError, match="'mosaic_tpu' cannot run this call: it runs on TPUs"):
         grouped_matmul(x, w, sizes, transposed=True, implementation="mosaic_tpu")

@@ -1,6 +1,7 @@
 """The TPU kernel over pages: interpreted against the reference, raced, and compiled for every TPU."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from meshloom.pallas_kernels.attention.paged_mosaic_tpu import paged_attention_m
 from meshloom.pallas_kernels.attention.reference import paged_attention_reference
 from meshloom.pallas_kernels.attention.spec import PagedSpec
 from meshloom.pallas_kernels.dispatch import Target, explain
+from tests.compilers import needs_tpu
 
 TPUS = ("v5e:1x1", "v5p:1x1x1", "v6e:1x1", "tpu7x:1x1x1")
 # Decode, a prefill of three tiles, decode at the end of a page and of a block, and a prefill that starts inside a page.
@@ -80,6 +82,13 @@ def test_bfloat16_over_float8_errs_as_bfloat16_does():
     assert_right(PagedCase((130, 40), (1, 9), element="float8_e4m3fn", dtype="bfloat16", page_size=64), 2 * 3 / 256)
 
 
+@pytest.mark.usefixtures("interpreted")
+def test_on_a_mesh_every_device_has_its_heads():
+    case = PagedCase((130, 40), (1, 9), heads=8, kv_heads=4, element="int8", page_size=64, shards=2)
+    with jax.set_mesh(make_mesh("tensor=2,data=2", jax.devices()[:4])):
+        assert_right(case, sinks=True, window=33)
+
+
 @functools.cache
 def compiled_kernel():
     scoring = PagedScoring(0.25)
@@ -104,8 +113,9 @@ def test_any_lengths(data):
     kv_lens[: len(lengths)], cu[: len(lengths) + 1] = lengths, np.cumsum([0, *counts])
     table = rng.permutation(16)[:12].reshape(4, 3).astype(np.int32)
     ragged = Ragged(*map(jnp.asarray, (kv_lens, table, cu, np.int32(len(lengths)))))
-    q, k, v = (jnp.asarray(rng.normal(size=(*shape, 16)), jnp.float32) for shape in ((80, 4), (16, 64, 2), (16, 64, 2)))
-    pages = KVPages(k, v)
+    shapes = (80, 4, 16), (16, 1, 128, 16), (16, 1, 128, 16)
+    q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    pages = KVPages(k, v, 64)
     got = np.asarray(run(q, pages, ragged))
     np.testing.assert_allclose(got[: cu[-1]], np.asarray(exact(q, pages, ragged))[: cu[-1]], atol=2e-5)
     assert np.all(got[cu[-1] :] == 0)
@@ -141,9 +151,43 @@ def test_it_is_chosen_compiled_and_copies_no_cache(name, monkeypatch):
     assert memory.temp_size_in_bytes < cache[0].size * cache[0].dtype.itemsize / 8
 
 
+@needs_tpu
+@pytest.mark.parametrize(
+    ("element", "page_size", "kv_heads"), [("bfloat16", 16, 12), ("int8", 64, 8), ("float8_e4m3fn", 128, 8)]
+)
+def test_on_a_mesh_it_is_chosen_and_neither_copies_the_cache_nor_sends_anything(
+    element, page_size, kv_heads, monkeypatch
+):
+    # 2 heads of one byte on each device, or 3 of two bytes: no whole tiles of a TPU's memory, which it pads or turns.
+    monkeypatch.undo()
+    mesh = make_mesh("tensor=4", target_devices(parse_devices("v5e:2x2")))
+    num_pages = 2**24 // kv_heads // page_size + 3  # 1 GiB a device in bfloat16: nothing of it fits fast memory
+
+    def arguments():
+        q, kv = jnp.zeros((64, 4 * kv_heads, 128), jnp.bfloat16), jnp.zeros((64, kv_heads, 128), jnp.bfloat16)
+        lengths = jnp.zeros(64, jnp.int32), jnp.zeros((64, 64), jnp.int32), jnp.zeros(65, jnp.int32), jnp.int32(0)
+        return (q, kv, kv, KVPages.zeros(num_pages, page_size, kv_heads, 128, element, 4)), Ragged(*lengths)
+
+    def placed(tree, *spec):
+        where = NamedSharding(mesh, PartitionSpec(*spec))
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
+
+    of_heads, ragged = jax.eval_shape(arguments)
+    args = *placed(of_heads, None, "tensor"), placed(ragged)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(paged_attention, donate_argnums=3).lower(*args).compile()
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert "tpu_custom_call" in text
+    assert not re.search(r" (all-gather|all-reduce|all-to-all|collective-permute)(-start)?\(", text)
+    assert not re.search(rf"\[{num_pages},[\d,]*\]\S* (copy|copy-start|transpose|reshape)\(", text)
+    cache = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(args[3])) // 4
+    assert memory.alias_size_in_bytes == cache
+    assert memory.temp_size_in_bytes < cache / 1000
+
+
 def test_what_it_declines_is_said():
     def reasons(target: Target, **changes) -> str | None:
-        facts = {"q_shape": (64, 32, 128), "kv_heads": 8, "pages_shape": (9, 16, 8, 128), "element": "bfloat16"}
+        facts = {"q_shape": (64, 32, 128), "kv_heads": 8, "pages_shape": (9, 1, 128, 128), "element": "bfloat16"}
         facts |= {"sequences": 64, "table_width": 8, "dtype": "bfloat16", "window": None, "distance_bias": False}
         return explain(PAGED_ATTENTION, PagedSpec(**(facts | changes)), target)[0].reason
 
@@ -153,7 +197,8 @@ def test_what_it_declines_is_said():
     assert "no mesh in scope" in str(reasons(Target()))
     assert "gather per score" in str(reasons(tpu, distance_bias=True))
     assert "unpacked by chunked only" in str(reasons(tpu, element="int4"))
-    assert "64 scales" in str(reasons(tpu, element="int8", pages_shape=(9, 8, 8, 128)))
+    assert "64 scales" in str(reasons(tpu, element="int8", pages_shape=(9, 1, 64, 128)))
     assert "head dim 192" in str(reasons(tpu, q_shape=(64, 32, 192)))
-    with jax.set_mesh(make_mesh("fsdp=8")):
-        assert reasons(tpu) == "XLA does not split kernels: call it inside shard_map"
+    with jax.set_mesh(make_mesh("fsdp=2,tensor=4")):
+        assert reasons(tpu) == "the cache's kv heads are in 1 shard(s), for 4 device(s) of the tensor axis"
+        assert reasons(tpu, pages_shape=(9, 4, 32, 128)) is None

@@ -78,9 +78,9 @@ def test_any_split_of_the_pages_merges_into_the_whole(parts, seed, window):
     run = [attend_part(q, k, v, own, ragged, part) for own, part in held]
     whole, after = attend_whole(q, k, v, pages, ragged)
     np.testing.assert_allclose(merged([each[:2] for each in run])[0][:12], whole[:12], atol=2e-5)
-    # Each of the step's rows was written in exactly one part.
-    written = sum(int((new.k != own.k).any(axis=(2, 3)).sum()) for (_, _, new), (own, _) in zip(run, held, strict=True))
-    assert written == int((after.k != pages.k).any(axis=(2, 3)).sum()) == 12
+    # Each of the step's 12 rows, of 2 kv heads, was written in exactly one part.
+    written = sum(int((new.k != own.k).any(axis=3).sum()) for (_, _, new), (own, _) in zip(run, held, strict=True))
+    assert written == int((after.k != pages.k).any(axis=3).sum()) == 2 * 12
 
 
 def test_a_part_without_keys_in_reach_is_empty():

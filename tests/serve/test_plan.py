@@ -78,9 +78,12 @@ def test_tokens_on_a_mesh_that_can_be_chosen_are_those_of_one_device(lm, engine,
 
 
 def test_an_engine_as_planned_holds_the_whole_batch():
-    planned = planned_engine(EngineConfig(page_size=16), batch=96, input_length=1000, output_length=100)
+    sizes = {"batch": 96, "input_length": 1000, "output_length": 100}
+    planned = planned_engine(EngineConfig(page_size=16), kv_dtype="bfloat16", **sizes)
     assert (planned.max_num_seqs, planned.buckets) == (96, (1, 8, 32, 96, 128, 512, 1024))
     assert planned.num_pages == 96 * 69  # 1,100 tokens are 68.75 pages
+    scaled = planned_engine(EngineConfig(), kv_dtype="int8", **sizes)
+    assert (scaled.cache_dtype, scaled.page_size, scaled.num_pages) == ("int8", 128, 96 * 9)
     assert prefill_tokens(1024) == 1024
     assert prefill_tokens(100_000) == 2048
 
@@ -90,7 +93,10 @@ def test_what_a_plan_compiles_is_the_program_that_the_engine_runs(weights, monke
     where = parse_devices("cpu:8")
     module = abstract_module(dataclasses.replace(CONFIG, scan_layers=True), jnp.bfloat16)
     found = search(module, where, WORKLOAD, chip=chip_of(where), limit=2**31)
-    planned = next(each for each in found if (each.mesh["tensor"], each.weight_dtype, each.batch) == (2, weights, 4))
+    wanted = (2, weights, weights, 4)
+    planned = next(
+        each for each in found if (each.mesh["tensor"], each.weight_dtype, each.kv_dtype, each.batch) == wanted
+    )
     mesh = make_mesh(replica_axes(planned.mesh), jax.devices()[:2])
     lowered = lowered_steps(CONFIG, mesh, planned, WORKLOAD)
     concrete = abstract_module(CONFIG, jnp.bfloat16)
@@ -98,7 +104,7 @@ def test_what_a_plan_compiles_is_the_program_that_the_engine_runs(weights, monke
     if weights == "int8":
         quantize_weights(concrete)
     monkeypatch.setattr("meshloom.serve.runner.Runner.compile", lambda *_: None)
-    sizes = planned_engine(EngineConfig(), batch=planned.batch, input_length=16, output_length=8)
+    sizes = planned_engine(EngineConfig(), batch=planned.batch, input_length=16, output_length=8, kv_dtype=weights)
     engine = Engine(LanguageModel(concrete, CONFIG, None, mesh), sizes, quiet=True)
     shapes = {shape.tokens: shape for shape in engine._runner._shapes}
     for name, tokens in (("decode", 4), ("prefill", 16)):
@@ -114,6 +120,7 @@ def plan_file(tmp_path, capsys):
     content = json.loads(capsys.readouterr().out)
     assert content == json.loads(path.read_text())
     assert content["not_compiled_because"] == "--compile 0"
+    assert content["candidates"][0]["kv_dtype"] == "int8"
     best = content["candidates"][0] | {"batch": 4, "mesh": {"data": 4, "fsdp": 1, "expert": 1, "tensor": 2}}
     path.write_text(json.dumps(content | {"devices": "cpu:8", "candidates": [best]}))
     return path
@@ -123,7 +130,7 @@ def test_a_served_plan_is_one_replica_with_its_engine_and_types(plan_file, capsy
     command, mesh = followed(cli.Serve(), plan_file)
     written = read_serving_plan(plan_file)
     assert (dict(mesh.shape), list(mesh.devices.flat)) == ({"tensor": 2}, jax.devices()[:2])
-    assert (command.model, command.engine.max_num_seqs, command.engine.cache_dtype) == ("tiny", 4, "bfloat16")
+    assert (command.model, command.engine.max_num_seqs, command.engine.cache_dtype) == ("tiny", 4, written.kv_dtype)
     assert (command.quantize == "int8") == (written.weight_dtype == "int8")
     assert "one of 4 replicas, each on 2 device(s), is served here" in capsys.readouterr().err
 
@@ -136,9 +143,9 @@ def test_a_flag_or_format_against_a_serving_plan_is_refused(plan_file):
     with pytest.raises(ConfigError, match=r"engine.kv_cache_memory: .*plan.json says how many pages there are"):
         followed(cli.Serve(engine=EngineConfig(kv_cache_memory=2)), plan_file)
     content = json.loads(plan_file.read_text())
-    content["candidates"][0]["kv_dtype"] = "int8"
+    content["candidates"][0]["kv_dtype"] = "int4"
     plan_file.write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match="kv_dtype=int8 cannot be served; this engine has bfloat16"):
+    with pytest.raises(ConfigError, match="kv_dtype=int4 cannot be served; this engine has bfloat16, int8"):
         followed(cli.Serve(), plan_file)
     with pytest.raises(ConfigError, match=r"is no training plan .* --batch-tokens"):
         read_plan(plan_file)

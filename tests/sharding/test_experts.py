@@ -124,7 +124,7 @@ def compare(model: str, target: str, mesh: str, length: int, **sizes: Any) -> No
             else f"sent {ours[1] / 1e9:.3f} of {hand[1] / 1e9:.3f} GB"
         )
     )
-    assert ours[0] <= hand[0] * 1.001
+    assert ours[0] <= hand[0] * 1.001 + 2**17  # XLA's heap: a toy model of 36 MiB differs by 95 kB
     if ours[1] is not None and hand[1] is not None:
         assert ours[1] <= hand[1] * 1.001
 

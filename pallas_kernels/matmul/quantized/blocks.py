@@ -1,0 +1,72 @@
+"""How large the blocks of a quantized product are on a TPU, from shapes alone."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from meshloom.pallas_kernels.matmul.quantized.spec import MatmulSpec
+
+LANES = 128
+ROWS = 32  # of an int8 register; one of bfloat16 has half
+# Fast memory that blocks may take, and that the compiler may use: the smallest core has 64 MiB (TPU v7x).
+BUDGET, LIMIT = 44 * 2**20, 56 * 2**20
+# Rows of x that stay while all of w passes. Fewer would read w so often that v6e waits for HBM: 2,048 rows of 4,096
+# numbers by 4,096 columns take 37 us of int8 products, and four passes over w 39 us.
+MOST_ROWS, MOST_COLUMNS = 1024, 512
+# Products of one run of instructions. Longer runs keep the matrix unit busier (int4, 512 rows and columns, v6e: 65 % of
+# the peak at 1,024 numbers, 77 % at 2,048, 86 % at 4,096) and take longer to compile: 6 s for the last.
+MOST_PRODUCTS = 512 * 512 * 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Sizes of one visit: `rows` x `columns` of the result, over all numbers of a row in `chunk`s that divide it."""
+
+    rows: int
+    columns: int
+    chunk: int
+
+
+def blocks_of(spec: MatmulSpec) -> Blocks | None:
+    """The largest blocks that fit fast memory; None if there are none, or no chunk divides a row."""
+    count, (out, size) = _rows(spec), spec.w
+    x, rounded = jnp.dtype(spec.dtype).itemsize, spec.activations == "int8"
+    for rows in _halves(MOST_ROWS, count, ROWS if rounded else ROWS // 2):
+        for columns in _halves(MOST_COLUMNS, out, LANES):
+            # x and w arrive while others are used; int4 takes a byte of half the use.
+            w = columns * size * (1 if spec.values == "int8" else 0.5)
+            scales = columns * -(-spec.groups // LANES) * LANES * 4
+            held = 2 * (rows * size * x + w + scales + rows * columns * x) + rows * columns * 4 + scales
+            held += rows * size if rounded else 0
+            if held <= BUDGET:
+                # int8 products take half as many instructions.
+                chunk = _chunk(size, (1 + rounded) * MOST_PRODUCTS // (rows * columns), spec.block[1] * LANES)
+                return None if chunk is None else Blocks(rows, columns, chunk)
+    return None
+
+
+def _rows(spec: MatmulSpec) -> int:
+    count = 1
+    for size in spec.x[:-1]:
+        count *= size
+    return count
+
+
+def _halves(most: int, size: int, unit: int) -> list[int]:
+    """Sizes of blocks over `size`, largest first: all of it, if that is not more than `most`, else halves of `most`."""
+    if size <= most:
+        most = -(-size // unit) * unit
+        return [most] if most <= unit else [most, *_halves(most // 2 // unit * unit, most, unit)]
+    return [most] if most <= unit else [most, *_halves(most // 2, size, unit)]
+
+
+def _chunk(size: int, most: int, scaled: int) -> int | None:
+    """The most numbers of a row that one run of instructions multiplies: all of them, or a multiple of the lanes.
+
+    Args:
+        scaled: numbers whose scales fill a register; a chunk's scales lie in one.
+    """
+    if size <= min(most, scaled):
+        return size
+    parts = (part for part in range(max(most // LANES, 1) * LANES, 0, -LANES) if size % part == 0)
+    return next((part for part in parts if size <= scaled or scaled % part == 0), None)

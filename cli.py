@@ -114,7 +114,8 @@ class Plan(Model):
     With --requests it is meshes, batches and number formats for serving; with --cheapest, what to rent for them.
 
     Attributes:
-        devices: "local", "cpu:8", or hardware that is elsewhere: "v5e:4x4", "2xv5e:16x16", "h100:8".
+        devices: "local", "cpu:8", or hardware that is elsewhere: "v5e:4x4", "2xv5e:16x16", "h100:8",
+            or two clusters with 25 GB/s between them: "2xh100:16x8@25".
         mesh: axis sizes over data, fsdp, expert, context, tensor; one may be -1, the rest. None: from 4 devices on
             expert=2 for a mixture of experts, else tensor=2 if the key/value heads are even; fsdp takes the rest. With
             --batch-tokens, None searches all meshes.
@@ -129,6 +130,7 @@ class Plan(Model):
         compile: how many plans that fit to find by compiling, best first; 0 compiles none, None is 2 of training plans
             and none of serving plans.
         explain_cost: also print where the best training plan's time and memory go.
+        kernels: also print which implementation every kernel of the best plan's programs takes, and why not another.
         chart: PNG to write, with the memory and the step time of every training plan shown.
         out: file for the plans, which `meshloom train --plan` and `meshloom serve --plan` follow.
         executable: file for the compiled step of the best training plan that fits, which `meshloom train --executable`
@@ -154,6 +156,7 @@ class Plan(Model):
     candidates: int | None = None
     compile: int | None = None
     explain_cost: bool = False
+    kernels: bool = False
     chart: pathlib.Path | None = None
     out: pathlib.Path | None = None
     executable: pathlib.Path | None = None

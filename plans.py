@@ -48,9 +48,9 @@ _FLAGS: Mapping[str, tuple[str, ...]] = {
     "layout": ("devices", "mesh", "explain", "strict"),
     "training plan": (
         *("devices", "mesh", "batch_tokens", "sequence_length", "remat", "parts"),
-        *("candidates", "compile", "explain_cost", "chart", "out", "executable", "train_config"),
+        *("candidates", "compile", "explain_cost", "kernels", "chart", "out", "executable", "train_config"),
     ),
-    "serving plan": ("devices", "requests", "slo", "candidates", "compile", "out"),
+    "serving plan": ("devices", "requests", "slo", "candidates", "compile", "kernels", "out"),
     "purchase": ("cheapest", "requests", "slo", "offers", "prices"),
 }
 
@@ -207,6 +207,12 @@ def _training(command: cli.Plan, batch_tokens: int) -> dict[str, Any]:
         "not_compiled_because": None if compiled else missing or "--compile 0",
         "candidates": [each.to_json() for each in found],
     }
+    if command.kernels:
+        from meshloom.kernel_choices import kernels_of_training, kernels_table
+
+        result["kernels"] = kernels_of_training(config, devices, found[0], workload)
+        if not command.json:
+            Console(width=None if sys.stdout.isatty() else 180).print(kernels_table(result["kernels"]))
     if diagnosis is not None:
         result["doctor"] = diagnosis.to_json()
     if command.executable is not None:

@@ -73,6 +73,12 @@ def serving_plan(command: cli.Plan, requests: str) -> dict[str, Any]:
         "not_compiled_because": None if compiled else missing,
         "candidates": [each.to_json() for each in found],
     }
+    if command.kernels:
+        from meshloom.kernel_choices import kernels_of_serving, kernels_table
+
+        result["kernels"] = kernels_of_serving(config, devices, found[0], workload)
+        if not command.json:
+            Console(width=None if sys.stdout.isatty() else 180).print(kernels_table(result["kernels"]))
     if command.out is not None:
         write_plan(command.out, result)
     return result

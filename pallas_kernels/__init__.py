@@ -1,6 +1,7 @@
 """One function per op, with its implementations behind it; the caller never names one."""
 
 from meshloom.pallas_kernels.attention import KVPages, Mask, Ragged, attention, paged_attention
+from meshloom.pallas_kernels.attention.context import ring_attention, ulysses_attention
 from meshloom.pallas_kernels.cross_entropy import linear_cross_entropy
 from meshloom.pallas_kernels.matmul import QArray, matmul, quantize, quantized_matmul
 from meshloom.pallas_kernels.matmul.collective import all_gather_matmul, matmul_reduce_scatter
@@ -31,4 +32,6 @@ __all__ = [
     "quantize_mixed",
     "quantized_matmul",
     "quantized_training_matmul",
+    "ring_attention",
+    "ulysses_attention",
 ]

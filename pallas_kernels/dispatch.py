@@ -5,8 +5,10 @@ None; the first that has no reason runs. Selection happens while tracing, from s
 looks at `jax.devices()`.
 """
 
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -76,6 +78,35 @@ def explain(implementations: Sequence[Implementation], spec: Any, target: Target
     return [Choice(each.name, each.why_not(spec, target)) for each in implementations]
 
 
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What one call of an op took, in words: nothing of the program that was traced is held.
+
+    Attributes:
+        call: static facts of the call. target: what it runs on, as far as a mesh in scope says.
+        chosen: name of what runs. declined: those before it, and why.
+    """
+
+    op: str
+    call: str
+    target: Target
+    chosen: str
+    declined: tuple[Choice, ...]
+
+
+_recording: contextvars.ContextVar[list[Selection] | None] = contextvars.ContextVar("selections", default=None)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Selection]]:
+    """Collects every selection of programs traced inside; what JAX has traced before it does not trace again."""
+    token = _recording.set(found := [])
+    try:
+        yield found
+    finally:
+        _recording.reset(token)
+
+
 def select(
     op: str, implementations: Sequence[Implementation], spec: Any, target: Target, requested: str | None = None
 ) -> Implementation:
@@ -93,8 +124,24 @@ def select(
             raise MeshloomError(f"{op}: implementation {requested!r} cannot run this call: {reason}")
         return by_name[requested]
     choices = explain(implementations, spec, target)
-    for choice in choices:
+    for index, choice in enumerate(choices):
         if choice.reason is None:
+            if (found := _recording.get()) is not None:
+                found.append(Selection(op, _facts(spec), target, choice.name, tuple(choices[:index])))
             return by_name[choice.name]
     reasons = "; ".join(f"{choice.name}: {choice.reason}" for choice in choices)
     raise MeshloomError(f"no implementation of {op} can run this call ({reasons})")
+
+
+def _facts(spec: Any) -> str:
+    """A spec's fields that are set, without arrays."""
+    words = []
+    for field in dataclasses.fields(spec):
+        value = getattr(spec, field.name)
+        if dataclasses.is_dataclass(value):
+            words.append(f"{field.name}=({facts})" if (facts := _facts(value)) else "")
+        elif value is True:
+            words.append(field.name)
+        elif value is not None and value is not False and not isinstance(value, jax.Array):
+            words.append(f"{field.name}={value}".replace(" ", ""))
+    return " ".join(filter(None, words))

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import re
 
 import pytest
 
@@ -253,3 +254,27 @@ def test_a_plan_that_cannot_be_made_says_why(asked, message, capsys):
     status, _, err = run(capsys, "plan", *asked.split())
     assert status == 2
     assert message in err
+
+
+@needs_tpu
+def test_kernels_of_a_plan_are_named_with_what_was_passed_over(capsys):
+    asked = "plan tiny --devices v5e:2x2 --compile 0 --candidates 1 --kernels --json"
+    trained = json.loads(run(capsys, *asked.split(), "--batch-tokens", "8192", "--sequence-length", "256")[1])
+    kernels = {row["op"]: row for row in trained["kernels"]}
+    assert kernels["attention"]["chosen"] == "mosaic_tpu"
+    assert "q_shape=(32,256,4,64)" in kernels["attention"]["call"]
+    assert kernels["attention over a mesh"]["declined"] == {"ring": "no mesh in scope spreads tokens"}
+    served = json.loads(run(capsys, *asked.split(), "--requests", "64:16")[1])
+    (paged,) = {row["chosen"] for row in served["kernels"] if row["op"] == "paged_attention"}
+    assert paged in ("mosaic_tpu", "chunked")
+    for row in (*trained["kernels"], *served["kernels"]):
+        assert row["times_traced"] > 0
+        assert row["chosen"] not in row["declined"]
+
+
+def test_on_a_cpu_the_kernels_for_tpus_decline(capsys, monkeypatch):
+    monkeypatch.setattr(topology, "measured_cpu", lambda: MEASURED)
+    asked = "plan tiny --devices cpu:8 --batch-tokens 8192 --sequence-length 256 --mesh fsdp=8 --compile 0 --kernels"
+    status, out, _ = run(capsys, *asked.split())
+    assert status == 0
+    assert re.search(r"attention .*chunked .*mosaic_tpu: it runs on TPUs, not on cpu", out)

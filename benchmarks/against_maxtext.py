@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import json
 import pathlib
-import re
 import subprocess
 import tempfile
 
@@ -46,13 +45,16 @@ CASES = (
     Case("llama3-8b", "v5e:8x8", "v5e-64", {"fsdp": 64}, 4096),
     Case("llama3-70b", "v5p:4x4x4", "v5p-128", {"fsdp": 64}, 4096),
 )
-# Runs MaxText's own ahead-of-time compiler and writes the program that it made beside what it prints.
+# Runs MaxText's own ahead-of-time compiler, with its figures in JSON and the program that it made beside its output.
 _MAXTEXT = """
-import runpy, sys
+import json, runpy, sys
 import jax
 told = jax.stages.Compiled.cost_analysis
 def tell(compiled):
-    open(sys.argv[-1].partition("=")[2] + "/step.hlo", "w").write(compiled.as_text())
+    memory, folder = compiled.memory_analysis(), sys.argv[-1].partition("=")[2]
+    figures = [memory.argument_size_in_bytes, memory.total_allocation_bytes]
+    json.dump(figures, open(folder + "/figures.json", "w"))
+    open(folder + "/step.hlo", "w").write(compiled.as_text())
     return told(compiled)
 jax.stages.Compiled.cost_analysis = tell
 runpy.run_module("maxtext.trainers.pre_train.train_compile", run_name="__main__")
@@ -61,7 +63,7 @@ runpy.run_module("maxtext.trainers.pre_train.train_compile", run_name="__main__"
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """Bytes of one device: arguments and temporaries as the compiler states them, and what it sends in a step."""
+    """Bytes of one device: arguments, what is allocated beyond them, and what it sends in a step."""
 
     arguments: int
     temporaries: int
@@ -80,8 +82,9 @@ def ours(case: Case) -> Figures:
     candidate = next(each for each in found if each.parts == 1)
     mesh = make_mesh(case.mesh, target_devices(where))
     lowered = lowered_step(config, mesh, candidate, workload, TrainConfig())
-    _, report = compile_and_report(lowered, dict(mesh.shape), compiler_options(where))
-    return Figures(report.argument_bytes, report.temporary_bytes, report.sent_bytes)
+    compiled, report = compile_and_report(lowered, dict(mesh.shape), compiler_options(where))
+    allocated = compiled.memory_analysis().total_allocation_bytes
+    return Figures(report.argument_bytes, allocated - report.argument_bytes, report.sent_bytes)
 
 
 def maxtext(case: Case, python: str) -> Figures:
@@ -103,12 +106,12 @@ def maxtext(case: Case, python: str) -> Figures:
         words = [f"{name}={value}" for name, value in settings.items()]
         command = [python, "-c", _MAXTEXT, f"{package}/configs/base.yml", *words, f"base_output_directory={folder}"]
         run = subprocess.run(command, capture_output=True, text=True)
-        told = re.search(r"argument_size_in_bytes=(\d+).*?temp_size_in_bytes=(\d+)", run.stdout)
-        if told is None:
+        if not (figures := pathlib.Path(folder, "figures.json")).exists():
             raise SystemExit(f"MaxText did not compile {case.model}:\n{run.stderr[-2000:]}")
+        arguments, allocated = json.loads(figures.read_text())
         program = parse(pathlib.Path(folder, "step.hlo").read_text())
     sent = sum(each.sent for each in collectives(program, case.mesh))
-    return Figures(int(told[1]), int(told[2]), sent)
+    return Figures(arguments, allocated - arguments, sent)
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ def serving_mesh(command: Any) -> Mesh | None:
 
 def _chosen(command: Any, devices: list[jax.Device]) -> dict[str, int]:
     """The planner's axes, or a fixed rule's where it cannot say."""
-    where = describe_devices(devices)
+    where = describe_devices(devices, command.devices)
     try:
         config, _ = abstract(command.model)
         if not isinstance(config, DecoderConfig):

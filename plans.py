@@ -19,6 +19,7 @@ from meshloom.core.config import load_toml
 from meshloom.core.errors import ConfigError, ShardingError
 from meshloom.core.executable import Header
 from meshloom.core.topology import Devices, abstract_mesh, measured_chip, mesh_text, parse_devices
+from meshloom.kernel_choices import check_kernels, kernels_of_training
 from meshloom.models.config import DecoderConfig
 from meshloom.models.source import abstract, abstract_module, default_axes
 from meshloom.serving_plans import purchase, serving_plan
@@ -160,6 +161,8 @@ def _training(command: cli.Plan, batch_tokens: int) -> dict[str, Any]:
     def module_of(remat: Any) -> Any:
         return abstract_module(dataclasses.replace(config, remat=remat), jnp.float32)
 
+    if command.kernels:
+        check_kernels(devices)
     if command.chart is not None:
         check_chart(command.chart)
     if command.out is not None:
@@ -208,11 +211,7 @@ def _training(command: cli.Plan, batch_tokens: int) -> dict[str, Any]:
         "candidates": [each.to_json() for each in found],
     }
     if command.kernels:
-        from meshloom.kernel_choices import kernels_of_training, kernels_table
-
-        result["kernels"] = kernels_of_training(config, devices, found[0], workload)
-        if not command.json:
-            Console(width=None if sys.stdout.isatty() else 180).print(kernels_table(result["kernels"]))
+        result["kernels"] = kernels_of_training(config, devices, found[0], workload, quiet=command.json)
     if diagnosis is not None:
         result["doctor"] = diagnosis.to_json()
     if command.executable is not None:

@@ -11,6 +11,7 @@ from meshloom.core.ahead import compiler_missing
 from meshloom.core.errors import ConfigError
 from meshloom.core.hardware import CHIPS
 from meshloom.core.topology import measured_chip, parse_devices
+from meshloom.kernel_choices import check_kernels, kernels_of_serving
 from meshloom.models.config import DecoderConfig
 from meshloom.models.source import abstract
 from meshloom.serve.plan import search
@@ -46,6 +47,8 @@ def serving_plan(command: cli.Plan, requests: str) -> dict[str, Any]:
         raise ConfigError(f"--compile is a number of plans, 0 or more; got {wanted}")
     if limit < 1:
         raise ConfigError(f"at least 1 plan must be asked for; got {limit}")
+    if command.kernels:
+        check_kernels(devices)
     if command.out is not None:
         check_plan_path(command.out)
     config, module = _served(command.model)
@@ -74,11 +77,7 @@ def serving_plan(command: cli.Plan, requests: str) -> dict[str, Any]:
         "candidates": [each.to_json() for each in found],
     }
     if command.kernels:
-        from meshloom.kernel_choices import kernels_of_serving, kernels_table
-
-        result["kernels"] = kernels_of_serving(config, devices, found[0], workload)
-        if not command.json:
-            Console(width=None if sys.stdout.isatty() else 180).print(kernels_table(result["kernels"]))
+        result["kernels"] = kernels_of_serving(config, devices, found[0], workload, quiet=command.json)
     if command.out is not None:
         write_plan(command.out, result)
     return result

@@ -15,7 +15,7 @@ from jax.experimental import topologies
 
 from meshloom.core.errors import ConfigError
 from meshloom.core.hardware import CHIPS
-from meshloom.core.topology import Devices, simulate_cpu_devices
+from meshloom.core.topology import Devices, closed, simulate_cpu_devices
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,23 +136,12 @@ def _tpu(devices: Devices) -> topologies.TopologyDescription:
     bounds = (*devices.shape, 1)[:3]
     if any(size % per_host for size, per_host in zip(bounds, (2, 2, 1), strict=True)):
         options["chips_per_host_bounds"] = bounds
-    if any(wraps := wrapped(devices)):
-        options["wrap"] = wraps
+    # libtpu takes dimensions as open unless told, and then gathers over a whole torus by sums (`core.device_order`).
+    options["wrap"] = (*closed(devices), False)[:3]
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except Exception as error:
         raise ConfigError(f"libtpu has no topology {name}: {str(error).splitlines()[0]}") from error
-
-
-def wrapped(devices: Devices) -> tuple[bool, bool, bool]:
-    """The dimensions of a TPU slice whose ends are linked: those of cubes of 4x4x4, and flat ones of 16.
-
-    libtpu takes them as open unless told, and then gathers over a whole torus by sums (`core.device_order`).
-    """
-    sizes = (*devices.shape, 1)[:3]
-    if CHIPS[devices.platform].torus == 3:
-        return (all(size % 4 == 0 for size in sizes),) * 3
-    return (sizes[0] == 16, sizes[1] == 16, False)
 
 
 def _gpu(devices: Devices) -> topologies.TopologyDescription:

@@ -119,6 +119,17 @@ def _impossible(chip: Chip, devices: Devices) -> str | None:
     return None
 
 
+def closed(devices: Devices) -> tuple[bool, ...]:
+    """For each dimension of a TPU slice, whether its ends are linked to a ring.
+
+    Slices of cubes of 4x4x4 chips close in all three dimensions; of flat slices, the dimensions of 16 chips do.
+    Source: Google Cloud's pages of TPU v4, v5p, v5e and v6e; Austin et al. 2025, How to Scale Your Model, part 2.
+    """
+    if len(devices.shape) == 2:
+        return tuple(size == 16 for size in devices.shape)
+    return (all(size % 4 == 0 for size in devices.shape),) * len(devices.shape)
+
+
 # Seconds from a collective's start to its first byte, per step of a ring: assumed, of the order that vendors' own
 # latency tests report. They matter for small messages only. A line between islands: 200 km of fibre, 5 us each.
 _LATENCY = {"ici": 1e-6, "nvlink": 3e-6, "network": 1e-5, "dcn": 1e-5, "line": 1e-3}
@@ -166,8 +177,14 @@ def network(devices: Devices, chip: Chip | None = None) -> tuple[Level, ...]:
     return tuple(levels)
 
 
-def describe_devices(devices: list[jax.Device]) -> Devices:
-    """What a device string would say of devices that are attached, or "local" for a chip that is not in the table."""
+def describe_devices(devices: list[jax.Device], text: str = "local") -> Devices:
+    """What a device string would say of devices that are attached, or "local" for a chip that is not in the table.
+
+    Args:
+        text: what the user calls them, which may say more than can be seen: islands, and the line between them.
+    """
+    if text != "local":
+        return parse_devices(text)
     if devices[0].platform == "cpu":
         return Devices("cpu", (len(devices),))
     chip = chip_of_kind(devices[0].device_kind)
@@ -259,6 +276,11 @@ def parse_mesh(text: str) -> dict[str, int]:
             raise ShardingError(f"axis {name!r} stands twice in {text!r}")
         sizes[name] = int(size)
     return sizes
+
+
+def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The axes that an entry of a `PartitionSpec` names."""
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def mesh_text(sizes: Mapping[str, int]) -> str:

@@ -36,11 +36,11 @@ class Target:
 _LITTLE_MEMORY = ("TPU v2", "TPU v3", "TPU v4")
 
 
-def tpu_why_not(target: Target) -> str | None:
-    """Why kernels that hold tens of megabytes in a TPU's fast memory cannot run there, or None."""
+def tpu_why_not(target: Target, *, small: bool = False) -> str | None:
+    """Why a kernel for TPUs cannot run there, or None; a `small` one holds no tens of megabytes in fast memory."""
     if target.platform != "tpu":
         return f"it runs on TPUs, not on {target.platform or 'a device that no mesh in scope names'}"
-    if str(target.device_kind).startswith(_LITTLE_MEMORY):
+    if not small and str(target.device_kind).startswith(_LITTLE_MEMORY):
         return f"{target.device_kind} has too little fast memory"
     return None
 
@@ -100,7 +100,8 @@ _recording: contextvars.ContextVar[list[Selection] | None] = contextvars.Context
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Selection]]:
     """Collects every selection of programs traced inside; what JAX has traced before it does not trace again."""
-    token = _recording.set(found := [])
+    found: list[Selection] = []
+    token = _recording.set(found)
     try:
         yield found
     finally:

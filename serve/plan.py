@@ -24,7 +24,7 @@ from meshloom.sharding.serving import WEIGHT_DTYPES, ServeCandidate, plan_servin
 from meshloom.sharding.workload import ServeWorkload
 
 KV_DTYPES = ("bfloat16", "int8")  # of those that are planned for
-_SCALED_PAGE = 128
+_SCALED_PAGE = 128  # tokens of a page with scales
 _LONGEST_PREFILL = 2048  # tokens of one step: more would keep running answers waiting for longer
 
 
@@ -137,6 +137,7 @@ def choose_axes(
         devices,
         ServeWorkload(input_length, output_length),
         chip=chip,
+        # The planner has two sizes of elements: float8 is that of int8, and int4, a half, is counted as it too.
         kv_dtypes=("bfloat16" if engine.cache_dtype in ("model", "float32", "bfloat16") else "int8",),
         weight_dtypes=(weight_dtype,),
         limit=2**31,

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from meshloom.core.topology import AXES, Devices, Level
+from meshloom.core.topology import AXES, Devices, Level, closed
 
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
 
@@ -51,14 +51,12 @@ def axis_spans(devices: Devices, levels: Sequence[Level], mesh: dict[str, int], 
 def _links(devices: Devices, inner: int, outer: int) -> float:
     """Share of a chip's links on the dimensions of the torus that neighbours between two strides run along.
 
-    A dimension that does not close to a ring counts half: flat slices close at 16 chips, the others at multiples of 4
-    (Austin et al. 2025, How to Scale Your Model, part 2).
+    A dimension that does not close to a ring counts half.
     """
-    closes = 16 if len(devices.shape) == 2 else 4
     used, stride = 0.0, devices.count // (devices.slices * math.prod(devices.shape))
-    for size in reversed(devices.shape):
+    for size, ring in zip(reversed(devices.shape), reversed(closed(devices)), strict=True):
         if inner < stride * size and stride < outer:
-            used += 1.0 if size % closes == 0 else 0.5
+            used += 1.0 if ring else 0.5
         stride *= size
     return max(used, 0.5) / len(devices.shape)
 

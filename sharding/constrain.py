@@ -21,9 +21,10 @@ from flax import nnx
 from jax.extend.core import Jaxpr, JaxprEqn, Var, jaxpr_as_fun
 from jax.sharding import NamedSharding, PartitionSpec
 
+from meshloom.core.topology import axes_of
 from meshloom.sharding.classes import find, leaves, leaves_of
 from meshloom.sharding.layout import Layout
-from meshloom.sharding.lookup import Table, axes_of, lookup
+from meshloom.sharding.lookup import Table, lookup
 from meshloom.sharding.module import is_array
 from meshloom.sharding.roles import Roles, infer
 from meshloom.sharding.trace import Program, Step, trace

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from meshloom.core.topology import axes_of
+
 # Rows of n devices that are in flight at a time. A row of few columns is padded to a TPU's 128 lanes: 64 MiB in
 # bfloat16, of which the backward pass holds a few copies.
 ROWS_IN_FLIGHT = 2**18
@@ -52,11 +54,6 @@ class Table:
         return tuple(axis for entry in self.ids for axis in axes_of(entry) if axis not in self.columns)
 
 
-def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The axes that an entry of a spec names."""
-    return (entry,) if isinstance(entry, str) else entry or ()
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def lookup(static: Table, table: Float[Array, "V_all D"], ids: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
     """`table[ids]`, split as the ids are; the gradient of the table comes back as it is stored."""
@@ -71,10 +68,10 @@ def _forward(static: Table, table, ids):
             rows = jnp.where(here[:, None], table.at[own].get(mode="clip"), 0)
             return jax.lax.all_to_all(rows, static.columns, split_axis=0, concat_axis=1, tiled=True)
 
-        parts = _in_parts(static, ids)
-        rows = jax.lax.map(take, parts) if len(parts) > 1 else take(parts[0])
+        rows = jax.lax.map(take, _in_parts(static, ids.reshape(-1)))
+        rows = rows.reshape(-1, rows.shape[-1])[: ids.size]
         rows = jax.lax.psum(rows, static.rows) if static.rows else rows
-        return rows.reshape(*ids.shape, rows.shape[-1])
+        return rows.reshape(*ids.shape, -1)
 
     rows = _on_mesh(static, local, (static.spec, static.ids), static.ids)(table, _clipped(static, table, ids))
     if static.fill is not None:
@@ -94,9 +91,8 @@ def _backward(static: Table, residuals, d_rows):
             d = jax.lax.all_to_all(d, static.columns, split_axis=1, concat_axis=0, tiled=True)
             return total.at[jnp.where(here, own, table.shape[0])].add(d.astype(jnp.float32), mode="drop"), None
 
-        parts = _in_parts(static, ids)
-        arrays = parts, d_rows.reshape(*parts.shape, d_rows.shape[-1])
-        total, _ = jax.lax.scan(add, jnp.zeros(table.shape, jnp.float32), arrays)
+        parts = (_in_parts(static, x) for x in (ids.reshape(-1), d_rows.reshape(ids.size, -1)))
+        total, _ = jax.lax.scan(add, jnp.zeros(table.shape, jnp.float32), tuple(parts))
         total = total.astype(table.dtype)
         return jax.lax.psum(total, static.others) if static.others else total
 
@@ -123,9 +119,9 @@ def _own(static: Table, held: int, ids):
     return own, (own >= 0) & (own < held)
 
 
-def _in_parts(static: Table, ids):
-    """A device's ids `[parts, T / parts]`, the fewest parts whose rows may be in flight together."""
+def _in_parts(static: Table, x):
+    """An array of T in the fewest equal parts that may be in flight; zeros fill the last, whose gradients are zero."""
     ways = math.prod(static.mesh.shape[axis] for axis in static.columns)
-    least = max(1, math.ceil(ids.size * ways / ROWS_IN_FLIGHT))
-    parts = next(parts for parts in range(least, ids.size + 1) if ids.size % parts == 0)
-    return ids.reshape(parts, -1)
+    parts = max(1, math.ceil(x.shape[0] * ways / ROWS_IN_FLIGHT))
+    padded = jnp.pad(x, [(0, -x.shape[0] % parts)] + [(0, 0)] * (x.ndim - 1))
+    return padded.reshape(parts, -1, *x.shape[1:])

@@ -15,6 +15,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from meshloom.core.topology import axes_of
 from meshloom.sharding.algebra import BROADCAST, PARTIAL, Split, State, conversion, cost
 from meshloom.sharding.classes import find
 from meshloom.sharding.collectives import Kind as Collective
@@ -94,8 +95,7 @@ class Walk:
         first = self.program.inputs[0].dims
         placement: dict[str, State] = {}
         for dimension, (own, same) in enumerate(zip(value.dims[:2], first[:2], strict=False)):
-            wanted = self.layout.batch_spec[dimension]
-            axes = (wanted,) if isinstance(wanted, str) else wanted or ()
+            axes = axes_of(self.layout.batch_spec[dimension])
             factors = [factor for factor in self.mesh if axis_of(factor) in axes]
             if find(own) is find(same) and own.size % math.prod(self.mesh[factor] for factor in factors) == 0:
                 placement |= dict.fromkeys(factors, Split(dimension))

@@ -84,7 +84,7 @@ def choose_mesh(config: TrainConfig, model: DecoderConfig, devices: Sequence[jax
     Raises:
         ShardingError: no mesh of the devices takes the batch in this many parts.
     """
-    where = describe_devices(list(devices))
+    where = describe_devices(list(devices), config.devices)
     if len(devices) == 1 or where.platform == "local":  # nothing is known of this chip
         return {"fsdp": len(devices)}
     chip = chip_of(where)

@@ -1,7 +1,7 @@
 """Ragged paged attention as one TPU kernel: mixed prefill and decode rows over pages in HBM.
 
-A list of items, made by XLA from the lengths, is the kernel's program: a decode row, or a tile of a sequence's rows.
-Each item walks its key blocks with an online softmax; the pages of the next block, of this item or of the next, fly
+A list of items (paged_schedule.py) is the kernel's program: a decode row, or a tile of a sequence's rows. Each item
+walks its key blocks with an online softmax; the pages of the next block, of this item or of the next, fly
 in while one is computed. Keys are never gathered, copied or transposed in HBM: a page is page * K rows as it lies.
 
 Decode multiplies all query heads with all rows of a block, heads interleaved as they lie, and masks what belongs to
@@ -21,7 +21,6 @@ Exponentials are base 2, as in the hardware. Shape legend: T rows, S sequences, 
     a block.
 """
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -31,156 +30,32 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from meshloom.pallas_kernels.attention.kernel import MASKED
 from meshloom.pallas_kernels.attention.paged import PagedScoring
+from meshloom.pallas_kernels.attention.paged_schedule import (
+    FIRST,
+    LANES,
+    LAST,
+    LENGTH,
+    POSITION,
+    ROW,
+    USED,
+    BlockCopies,
+    Sizes,
+    TableRows,
+    items_of,
+)
 from meshloom.pallas_kernels.attention.pages import KVPages, Ragged
 from meshloom.pallas_kernels.attention.spec import PagedSpec
-from meshloom.pallas_kernels.dispatch import Target, may_be_spread
+from meshloom.pallas_kernels.dispatch import Target, may_be_spread, tpu_why_not
 
 _HEADS = "tensor"
 _LOG2E = math.log2(math.e)
-_LANES = 128
-# Rows of a tile of prefill, over the heads of one kv head.
-_TILE_ROWS = 256
-# Rows of a block: 2 x 2 buffers of bfloat16 [2048, 128] are 2 MiB of VMEM.
-_BLOCK_ROWS = 2048
-_BLOCK_TOKENS = 512
 
 
-@dataclasses.dataclass(frozen=True)
-class _Sizes:
-    """Static sizes of one call."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    page_size: int
-    per_block: int
-    tile: int
-    window: int | None
-    soft_cap: float | None
-    scale: float
-    element: str
-
-    @property
-    def group(self) -> int:
-        return self.heads // self.kv_heads
-
-    @property
-    def block(self) -> int:
-        return self.per_block * self.page_size
-
-    @property
-    def page_rows(self) -> int:
-        return self.page_size * self.kv_heads
-
-    @property
-    def block_rows(self) -> int:
-        return self.block * self.kv_heads
-
-    @property
-    def scaled(self) -> bool:
-        return self.element not in ("float32", "bfloat16")
-
-
-# Fields of an item, the rows of an int32 [7, I] in SMEM.
-_SEQUENCE, _ROW, _USED, _POSITION, _FIRST, _LAST, _LENGTH = range(7)
-
-
-def _items(ragged: Ragged, rows: int, sizes: _Sizes) -> tuple[Int[Array, "7 I"], Int[Array, "1"]]:
-    """What the kernel does, in order: at most one item per sequence and one per whole tile of rows."""
-    tile, block = sizes.tile, sizes.block
-    most = min(rows, ragged.kv_lens.size + rows // tile)
-    counts = ragged.cu_q_lens[1:] - ragged.cu_q_lens[:-1]
-    counts = jnp.where(jnp.arange(counts.size) < ragged.num_seqs, counts, 0)
-    ends = jnp.cumsum(-(-counts // tile))
-    item = jnp.arange(most, dtype=jnp.int32)
-    sequence = jnp.minimum(jnp.searchsorted(ends, item, side="right"), counts.size - 1)
-    done = tile * (item - (ends - (-(-counts // tile)))[sequence])
-    used = jnp.clip(counts[sequence] - done, 1, tile)
-    length = ragged.kv_lens[sequence]
-    position = length - counts[sequence] + done
-    first = 0 * position if sizes.window is None else jnp.maximum(position + 1 - sizes.window, 0) // block
-    last = (position + used - 1) // block + 1
-    fields = (sequence, ragged.cu_q_lens[sequence] + done, used, position, first, last, length)
-    return jnp.stack(fields).astype(jnp.int32), ends[-1:].astype(jnp.int32)
-
-
-class _Table:
-    """DMAs of one item's row of the page table into one of three buffers in SMEM, which has no room for all rows."""
-
-    def __init__(self, sizes: _Sizes, item, table, rows, sems):
-        self.sizes, self.item, self.table, self.rows, self.sems = sizes, item, table, rows, sems
-
-    def _each(self, i, act):
-        """Does `act` to the copies of the pages from the item's first block to the end of its sequence."""
-        first = self.item[_FIRST, i] * self.sizes.per_block // _LANES
-        pages = pl.cdiv(self.item[_LENGTH, i], self.sizes.page_size)
-
-        def copy(piece, _):
-            where = pl.ds(pl.multiple_of(piece * _LANES, _LANES), _LANES)
-            source, target = self.table.at[self.item[_SEQUENCE, i], :, where], self.rows.at[i % 3, :, where]
-            act(pltpu.make_async_copy(source, target, self.sems.at[i % 3]))
-
-        jax.lax.fori_loop(first, pl.cdiv(pages, _LANES), copy, None)
-
-    def start(self, i):
-        self._each(i, lambda copy: copy.start())
-
-    def wait(self, i):
-        self._each(i, lambda copy: copy.wait())
-
-    def page(self, i, at):
-        """Number of page `at` of the sequence of item i."""
-        return self.rows[i % 3, 0, at]
-
-
-class _Block:
-    """DMAs of one block of pages into one of two buffers."""
-
-    def __init__(self, sizes: _Sizes, item, table: _Table, copies, sems):
-        self.sizes, self.item, self.table, self.copies, self.sems = sizes, item, table, copies, sems
-
-    def _each(self, i, j, slot, act, every):
-        """Does `act` to the copy of each page of block j of item i that is there, or `every` when all are."""
-        sizes = self.sizes
-        first = j * sizes.per_block
-        pages = pl.cdiv(self.item[_LENGTH, i], sizes.page_size) - first
-
-        def page(b):
-            number = self.table.page(i, first + b)
-            for source, buffer, axis in self.copies:
-                size = sizes.page_rows
-                where = pl.ds(pl.multiple_of(b * size, size), size)
-                target = buffer.at[slot, where] if axis == 0 else buffer.at[slot, :, where]
-                act(pltpu.make_async_copy(source.at[number], target, self.sems.at[slot]))
-
-        whole = pages >= sizes.per_block
-        pl.when(whole)(lambda: every(page))
-        pl.when(~whole)(lambda: jax.lax.fori_loop(0, pages, lambda b, _: page(b), None))
-
-    def start(self, i, j, slot):
-        """Copies fly; a whole block's without a loop around each page."""
-
-        def every(page):
-            for b in range(self.sizes.per_block):
-                page(b)
-
-        self._each(i, j, slot, lambda copy: copy.start(), every)
-
-    def wait(self, i, j, slot):
-        """Until all have landed; a whole block's bytes are waited for at once."""
-
-        def every(page):
-            for _, buffer, _ in self.copies:
-                pltpu.make_async_copy(buffer.at[slot], buffer.at[slot], self.sems.at[slot]).wait()
-
-        self._each(i, j, slot, lambda copy: copy.wait(), every)
-
-
-def _capped(raw, sizes: _Sizes):
+def _capped(raw, sizes: Sizes):
     """Scores times log2(e), from products."""
     if sizes.soft_cap is None:
         return raw * (sizes.scale * _LOG2E)
@@ -189,14 +64,14 @@ def _capped(raw, sizes: _Sizes):
 
 def _lane_sums(p):
     """[R, C] -> [R, 128]: what is left of a sum over columns for the end of the item."""
-    return functools.reduce(jnp.add, [p[:, at : at + _LANES] for at in range(0, p.shape[1], _LANES)])
+    return functools.reduce(jnp.add, [p[:, at : at + LANES] for at in range(0, p.shape[1], LANES)])
 
 
-def _elements(x, sizes: _Sizes):
+def _elements(x, sizes: Sizes):
     return pltpu.bitcast(x, jnp.float8_e4m3fn) if sizes.element == "float8_e4m3fn" else x
 
 
-def _kernel(sizes: _Sizes, has_sinks: bool, item, total, *arrays):
+def _kernel(sizes: Sizes, has_sinks: bool, item, total, *arrays):
     refs: list[Any] = list(arrays)
     table_hbm, q_hbm, k_hbm, v_hbm = refs[:4]
     del refs[:4]
@@ -209,46 +84,46 @@ def _kernel(sizes: _Sizes, has_sinks: bool, item, total, *arrays):
     q_buf, out_buf, q_rows, top_ref, norm_ref, acc_ref, k_wide, v_wide, table_rows = refs[:9]
     page_sems, q_sems, out_sem, table_sems = refs[9:]
 
-    tile, group, lanes = sizes.tile, sizes.group, _LANES
+    tile, group, lanes = sizes.tile, sizes.group, LANES
     dtype = q_buf.dtype
     copies = [(k_hbm, k_buf, 0), (v_hbm, v_buf, 0)]
     copies += [(source, buffer, 1) for source, buffer in zip(scales, scale_bufs, strict=True)]
-    table = _Table(sizes, item, table_hbm, table_rows, table_sems)
-    blocks = _Block(sizes, item, table, copies, page_sems)
+    table = TableRows(sizes, item, table_hbm, table_rows, table_sems)
+    blocks = BlockCopies(sizes, item, table, copies, page_sems)
 
     def rows_of(i, act):
         """Does `act(rows)` with the static number of rows that item i moves: one, or a tile."""
         if tile == 1:
             return act(1)
-        pl.when(item[_USED, i] == 1)(lambda: act(1))
-        pl.when(item[_USED, i] > 1)(lambda: act(tile))
+        pl.when(item[USED, i] == 1)(lambda: act(1))
+        pl.when(item[USED, i] > 1)(lambda: act(tile))
         return None
 
     def q_copy(i, rows):
-        source = q_hbm.at[pl.ds(item[_ROW, i], rows)]
+        source = q_hbm.at[pl.ds(item[ROW, i], rows)]
         return pltpu.make_async_copy(source, q_buf.at[i % 2, pl.ds(0, rows)], q_sems.at[i % 2])
 
     def out_copy(i, rows):
-        return pltpu.make_async_copy(out_buf.at[pl.ds(0, rows)], out_hbm.at[pl.ds(item[_ROW, i], rows)], out_sem)
+        return pltpu.make_async_copy(out_buf.at[pl.ds(0, rows)], out_hbm.at[pl.ds(item[ROW, i], rows)], out_sem)
 
     def silence_tail(i, j, slot):
         """Zeros for the values past the end: what a freed page held, even NaN, would survive a weight of zero."""
 
-        @pl.when((j + 1) * sizes.block > item[_LENGTH, i])
+        @pl.when((j + 1) * sizes.block > item[LENGTH, i])
         def _():
             rows = jax.lax.broadcasted_iota(jnp.int32, v_buf.shape[1:], 0)
-            kept = rows < (item[_LENGTH, i] - j * sizes.block) * sizes.kv_heads
+            kept = rows < (item[LENGTH, i] - j * sizes.block) * sizes.kv_heads
             values = v_buf[slot]
             if values.dtype.itemsize < 4:
                 values = values.astype(jnp.float32 if values.dtype == jnp.bfloat16 else jnp.int32)
             v_buf[slot] = jnp.where(kept, values, 0).astype(v_buf.dtype)
             for buffer in scale_bufs:
-                kept_tokens = token_of[...] < item[_LENGTH, i] - j * sizes.block
+                kept_tokens = token_of[...] < item[LENGTH, i] - j * sizes.block
                 buffer[slot] = jnp.where(kept_tokens, buffer[slot], 0.0)
 
     def walk(i, slot, visit, carry):
         """Folds `visit(j, slot, carry)` over the key blocks of item i; prefetches across items."""
-        last = item[_LAST, i]
+        last = item[LAST, i]
 
         def step(j, state):
             slot, carry = state
@@ -258,13 +133,13 @@ def _kernel(sizes: _Sizes, has_sinks: bool, item, total, *arrays):
             @pl.when(next_i < total[0])
             def _():
                 pl.when(~more)(lambda: table.wait(next_i))
-                blocks.start(next_i, jnp.where(more, j + 1, item[_FIRST, next_i]), 1 - slot)
+                blocks.start(next_i, jnp.where(more, j + 1, item[FIRST, next_i]), 1 - slot)
 
             blocks.wait(i, j, slot)
             silence_tail(i, j, slot)
             return 1 - slot, visit(j, slot, carry)
 
-        return jax.lax.fori_loop(item[_FIRST, i], last, step, (slot, carry))
+        return jax.lax.fori_loop(item[FIRST, i], last, step, (slot, carry))
 
     def settle(i):
         """Waits until the rows of the item before i have left the output buffer, which items write in order."""
@@ -285,7 +160,7 @@ def _kernel(sizes: _Sizes, has_sinks: bool, item, total, *arrays):
             raw = jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
             if scale_bufs:
                 raw = raw * scale_bufs[0][slot]
-            distance = item[_POSITION, i] - j * sizes.block - token_of[...]
+            distance = item[POSITION, i] - j * sizes.block - token_of[...]
             allowed = distance >= 0 if sizes.window is None else (distance >= 0) & (distance < sizes.window)
             scores = jnp.where(allowed, _capped(raw, sizes) + head_bias[...], MASKED)
             new_top = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
@@ -339,7 +214,7 @@ def _kernel(sizes: _Sizes, has_sinks: bool, item, total, *arrays):
             widen(slot)
             token = jax.lax.broadcasted_iota(jnp.int32, (tall, sizes.block), 0) // group
             key = jax.lax.broadcasted_iota(jnp.int32, (tall, sizes.block), 1)
-            distance = token - key + (item[_POSITION, i] - j * sizes.block)
+            distance = token - key + (item[POSITION, i] - j * sizes.block)
             allowed = distance >= 0 if sizes.window is None else (distance >= 0) & (distance < sizes.window)
 
             def head(h, _):
@@ -374,7 +249,7 @@ def _kernel(sizes: _Sizes, has_sinks: bool, item, total, *arrays):
         rows_of(i, lambda rows: q_copy(i, rows).wait())
         if tile == 1:
             return decode(i, slot)
-        return jax.lax.cond(item[_USED, i] == 1, decode, prefill, i, slot)
+        return jax.lax.cond(item[USED, i] == 1, decode, prefill, i, slot)
 
     @pl.when(total[0] > 0)
     def _():
@@ -382,7 +257,7 @@ def _kernel(sizes: _Sizes, has_sinks: bool, item, total, *arrays):
         pl.when(total[0] > 1)(lambda: table.start(1))
         rows_of(0, lambda rows: q_copy(0, rows).start())
         table.wait(0)
-        blocks.start(0, item[_FIRST, 0], 0)
+        blocks.start(0, item[FIRST, 0], 0)
         jax.lax.fori_loop(0, total[0], run, 0)
         settle(total[0])
 
@@ -419,12 +294,12 @@ def _attend(
 ) -> Float[Array, "T N H"]:
     """On one device: all that it has of the heads."""
     rows, heads, head_dim = q.shape
-    sizes = _sizes(q.shape, pages, ragged, scoring)
-    items, total = _items(ragged, rows, sizes)
+    sizes = Sizes.of(q.shape, pages, ragged, scoring)
+    items, total = items_of(ragged, rows, sizes)
     tall, block_rows = sizes.tile * sizes.group, sizes.block_rows
     column = jnp.arange(block_rows, dtype=jnp.int32)
     same_head = jnp.arange(heads)[:, None] // sizes.group == column % sizes.kv_heads
-    table = jnp.pad(ragged.page_table, ((0, 0), (0, -ragged.capacity % _LANES)))[:, None]
+    table = jnp.pad(ragged.page_table, ((0, 0), (0, -ragged.capacity % LANES)))[:, None]
     inputs = [table, jnp.pad(q, ((0, sizes.tile), (0, 0), (0, 0)))]
     held = [pages.k, pages.v, *([pages.k_scale, pages.v_scale] if sizes.scaled else [])]
     inputs += [x.reshape(x.shape[0], *x.shape[2:]) for x in held]
@@ -436,8 +311,8 @@ def _attend(
         inputs += [sinks[:, None], by_row.reshape(sizes.kv_heads, tall, 1)]
     spaces += [pltpu.VMEM] * (len(inputs) - len(spaces))
     kv_buffer = pltpu.VMEM((2, block_rows, head_dim), pages.k.dtype)
-    row_sums = pltpu.VMEM((sizes.kv_heads, tall, _LANES), jnp.float32)
-    wide = pltpu.VMEM((max(head_dim // _LANES, 1), block_rows, min(head_dim, _LANES)), jnp.float32)
+    row_sums = pltpu.VMEM((sizes.kv_heads, tall, LANES), jnp.float32)
+    wide = pltpu.VMEM((max(head_dim // LANES, 1), block_rows, min(head_dim, LANES)), jnp.float32)
     scratch = [
         kv_buffer,
         kv_buffer,
@@ -475,23 +350,10 @@ def _attend(
     return jnp.where((jnp.arange(rows) < ragged.total)[:, None, None], out[:rows], 0)
 
 
-def _sizes(q_shape: tuple[int, ...], pages: KVPages, ragged: Ragged, scoring: PagedScoring) -> _Sizes:
-    rows, heads, head_dim = q_shape
-    # Whole vectors of lanes in a block, which needs no more pages than a sequence may have, rounded up.
-    least = _LANES // math.gcd(pages.page_size, _LANES)
-    most = _BLOCK_ROWS * _LANES // max(head_dim, _LANES) // pages.kv_heads
-    most = min(most, _BLOCK_TOKENS) // pages.page_size // least
-    per_block = max(1, min(most, -(-ragged.capacity // least))) * least
-    tile = max(1, min(_TILE_ROWS * pages.kv_heads // heads, rows))
-    cap = None if scoring.soft_cap is None else float(scoring.soft_cap)
-    lengths = (heads, pages.kv_heads, head_dim, pages.page_size, per_block, tile)
-    return _Sizes(*lengths, scoring.window, cap, float(scoring.scale), pages.element)
-
-
 def why_not(spec: PagedSpec, target: Target) -> str | None:
     """Why this kernel cannot run a call, or None."""
-    if target.platform != "tpu":
-        return f"it runs on TPUs, not on {target.platform or 'a device that no mesh in scope names'}"
+    if reason := tpu_why_not(target, small=True):
+        return reason
     mesh = jax.sharding.get_abstract_mesh()
     if may_be_spread() and mesh.manual_axes:
         return "XLA does not split kernels, and only some axes of the mesh are inside shard_map"
@@ -499,12 +361,12 @@ def why_not(spec: PagedSpec, target: Target) -> str | None:
     if shards != devices:
         return f"the cache's kv heads are in {shards} shard(s), for {devices} device(s) of the {_HEADS} axis"
     head_dim = spec.q_shape[-1]
-    if head_dim > _LANES and head_dim % _LANES:
-        return f"rows of head dim {head_dim} are no whole vectors of {_LANES} lanes"
+    if head_dim > LANES and head_dim % LANES:
+        return f"rows of head dim {head_dim} are no whole vectors of {LANES} lanes"
     if spec.distance_bias:
         return "a bias by distance needs a gather per score"
     if spec.element == "int4":
         return "int4 halves of a byte are unpacked by chunked only"
-    if spec.element not in ("float32", "bfloat16") and spec.pages_shape[2] % _LANES:
-        return f"a page's {spec.pages_shape[2]} scales are no whole rows of {_LANES} lanes: take larger pages"
+    if spec.element not in ("float32", "bfloat16") and spec.pages_shape[2] % LANES:
+        return f"a page's {spec.pages_shape[2]} scales are no whole rows of {LANES} lanes: take larger pages"
     return None

@@ -30,7 +30,7 @@ from meshloom.pallas_kernels.attention.spec import Leaf
 # Greatest magnitude that each scaled element type stores. int8 and int4 are symmetric: -128 and -8 stay unused.
 _SPAN = {"int8": 127.0, "float8_e4m3fn": 448.0, "int4": 7.0}
 _PLAIN = ("float32", "bfloat16")
-_PAGES = 8
+_PAGES = 8  # a tile's rows of scales, to which their pages are rounded up
 _BYTES = ("float8_e4m3fn", "int4")
 
 

@@ -6,6 +6,7 @@ import math
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from meshloom.core.errors import MeshloomError
+from meshloom.core.topology import axes_of
 from meshloom.pallas_kernels.dispatch import Target
 
 # Logits that exist at a time. A block of the vocabulary reads x and adds to the gradient of x, so that few large blocks
@@ -68,19 +69,19 @@ class Split:
     @property
     def row_axes(self) -> tuple[str, ...]:
         """Axes over which tokens are spread."""
-        return tuple(axis for entry in self.rows for axis in _axes(entry))
+        return tuple(axis for entry in self.rows for axis in axes_of(entry))
 
     @property
     def vocab_axes(self) -> tuple[str, ...]:
         """Axes over which the products of one row are spread."""
         entries = [*self.weight, None]
-        return tuple(axis for axis in _axes(entries[0]) if axis not in self.row_axes)
+        return tuple(axis for axis in axes_of(entries[0]) if axis not in self.row_axes)
 
     @property
     def storing(self) -> tuple[tuple[str, ...], ...]:
         """For V and D, the axes over which the weight is only stored."""
         entries = [*self.weight, None, None][:2]
-        return tuple(tuple(axis for axis in _axes(entry) if axis in self.row_axes) for entry in entries)
+        return tuple(tuple(axis for axis in axes_of(entry) if axis in self.row_axes) for entry in entries)
 
     def local(self, x: tuple[int, ...], weight: tuple[int, ...]) -> CrossEntropySpec:
         """What one device has of x and of the weight it computes with.
@@ -88,7 +89,7 @@ class Split:
         Raises:
             MeshloomError: a dimension does not divide over its axes.
         """
-        pairs = [(size, _axes(entry)) for size, entry in zip(x, self.rows, strict=False)]
+        pairs = [(size, axes_of(entry)) for size, entry in zip(x, self.rows, strict=False)]
         for size, axes in [*pairs, (weight[0], self.vocab_axes)]:
             if size % self.ways(axes):
                 raise MeshloomError(
@@ -99,7 +100,3 @@ class Split:
     def ways(self, axes: tuple[str, ...]) -> int:
         """Devices along these axes."""
         return math.prod(self.mesh.shape[axis] for axis in axes)
-
-
-def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else entry or ()

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from meshloom.core.ahead import compiler_missing, target_devices
 from meshloom.core.topology import make_mesh, parse_devices
 from meshloom.pallas_kernels import KVPages, Ragged, paged_attention
-from meshloom.pallas_kernels.attention import PAGED_ATTENTION, paged_mosaic_tpu
+from meshloom.pallas_kernels.attention import PAGED_ATTENTION, paged_schedule
 from meshloom.pallas_kernels.attention.paged import PagedScoring
 from meshloom.pallas_kernels.attention.paged_cases import PagedCase
 from meshloom.pallas_kernels.attention.paged_mosaic_tpu import paged_attention_mosaic_tpu
@@ -33,8 +33,8 @@ MIXED = PagedCase((5, 21, 256, 70), (1, 21, 1, 9), page_size=64, unwritten=float
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Blocks of 128 keys and tiles of 8 tokens, so that small cases have several of each."""
-    monkeypatch.setattr(paged_mosaic_tpu, "_BLOCK_ROWS", 256)
-    monkeypatch.setattr(paged_mosaic_tpu, "_TILE_ROWS", 16)
+    monkeypatch.setattr(paged_schedule, "_BLOCK_ROWS", 256)
+    monkeypatch.setattr(paged_schedule, "_TILE_ROWS", 16)
 
 
 @pytest.fixture

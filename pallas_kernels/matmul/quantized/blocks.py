@@ -1,6 +1,7 @@
 """How large the blocks of a quantized product are on a TPU, from shapes alone."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 
@@ -29,7 +30,7 @@ class Blocks:
 
 def blocks_of(spec: MatmulSpec) -> Blocks | None:
     """The largest blocks that fit fast memory; None if there are none, or no chunk divides a row."""
-    count, (out, size) = _rows(spec), spec.w
+    count, (out, size) = math.prod(spec.x[:-1]), spec.w
     x, rounded = jnp.dtype(spec.dtype).itemsize, spec.activations == "int8"
     for rows in _halves(MOST_ROWS, count, ROWS if rounded else ROWS // 2):
         for columns in _halves(MOST_COLUMNS, out, LANES):
@@ -43,13 +44,6 @@ def blocks_of(spec: MatmulSpec) -> Blocks | None:
                 chunk = _chunk(size, (1 + rounded) * MOST_PRODUCTS // (rows * columns), spec.block[1] * LANES)
                 return None if chunk is None else Blocks(rows, columns, chunk)
     return None
-
-
-def _rows(spec: MatmulSpec) -> int:
-    count = 1
-    for size in spec.x[:-1]:
-        count *= size
-    return count
 
 
 def _halves(most: int, size: int, unit: int) -> list[int]:

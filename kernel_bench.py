@@ -1,6 +1,7 @@
 """`meshloom bench kernels`: the table of kernels beside their peers, for a TPU that is elsewhere or for this CPU."""
 
 import dataclasses
+import itertools
 import pathlib
 import sys
 import tempfile
@@ -57,11 +58,12 @@ def _comparison(target: str, folder: pathlib.Path) -> tuple[int, Iterator[Any]]:
         if (missing := compiler_missing(devices)) is not None:
             raise ConfigError(missing)
         dump_bundles(folder)  # before anything below loads the compiler
-    from meshloom.pallas_kernels import bench
+    from meshloom.pallas_kernels import bench, bench_products
 
     if target == "cpu":
         return bench.CPU_ROWS, bench.attention_on_cpu()
-    return bench.TPU_ROWS, bench.attention_on_tpu(devices, folder)
+    found = itertools.chain(bench.attention_on_tpu(devices, folder), bench_products.products_on_tpu(devices, folder))
+    return bench.TPU_ROWS + bench_products.PRODUCT_ROWS, found
 
 
 def _table(target: str, rows: list[dict[str, Any]]) -> Table:

@@ -44,9 +44,10 @@ class KernelFigures:
 
     Attributes:
         op: what it computes. kernel: whose, and its block sizes.
-        tile_cycles: cycles per product of 128 x 128 x 128, in the region for pairs of blocks that are not masked.
-        peak_share: of the matrix unit's peak at this head size, in that region; None where the peak is not known.
-        cycles: for one head, estimated.
+        tile_cycles: cycles per product of 128 x 128 x 128, in the region for pairs of blocks that are not masked; of
+            quantized products, of all.
+        peak_share: of the matrix unit's peak at this head size, by these cycles; None where the peak is not known.
+        cycles: for one head, or for the product, estimated.
         spills: vector registers written to memory in that region.
     """
 
@@ -78,7 +79,7 @@ def attention_on_tpu(devices: Devices, folder: pathlib.Path) -> Iterator[KernelF
     whole = jax.NamedSharding(mesh, jax.P())
     peak = TILE_CYCLES.get(devices.platform)
     x = jax.ShapeDtypeStruct((1, TOKENS, HEADS, HEAD_DIM), jnp.bfloat16, sharding=whole)
-    _compile(mesh, jax.grad(lambda q, k, v: _sum(attention(q, k, v, mask=Mask())), argnums=(0, 1, 2)), x, x, x)
+    compile_for(mesh, jax.grad(lambda q, k, v: _sum(attention(q, k, v, mask=Mask())), argnums=(0, 1, 2)), x, x, x)
     for op, module, name, products, by in (
         ("attention forward", mosaic_tpu, "attention_forward", 2, 0),
         ("attention backward", mosaic_tpu_backward, "attention_backward", 5, 1),
@@ -89,7 +90,7 @@ def attention_on_tpu(devices: Devices, folder: pathlib.Path) -> Iterator[KernelF
     x = jax.ShapeDtypeStruct((HEADS, TOKENS, HEAD_DIM), jnp.bfloat16, sharding=whole)
     for sizes, fused in SPLASH:
         peer = _splash(sizes, fused)
-        _compile(mesh, jax.grad(lambda q, k, v, peer=peer: _sum(peer(q, k, v)), argnums=(0, 1, 2)), x, x, x)
+        compile_for(mesh, jax.grad(lambda q, k, v, peer=peer: _sum(peer(q, k, v)), argnums=(0, 1, 2)), x, x, x)
         blocks = Blocks(TOKENS, TOKENS, *sizes[:2])
         pairs = len(blocks.pairs(Mask()))
         label = f"splash {'x'.join(map(str, sizes))}"
@@ -107,7 +108,8 @@ def _sum(x: Any) -> Any:
     return jnp.sum(x.astype(jnp.float32))
 
 
-def _compile(mesh: Any, function: Callable[..., Any], *arguments: Any) -> None:
+def compile_for(mesh: Any, function: Callable[..., Any], *arguments: Any) -> None:
+    """Compiles, never from a cache, so that schedules are written."""
     with jax.set_mesh(mesh), without_compilation_cache():
         jax.jit(function).lower(*arguments).compile()
 
@@ -147,9 +149,9 @@ def _figures(
     working = [region for region in regions if region.matmuls]
     plain = working[-1:] if len(visits) == 3 else working
     tiles = products * blocks.block_q * blocks.block_kv / TILE**2
-    tile_cycles = sum(map(_cycles, plain)) / tiles
+    tile_cycles = sum(map(cycles_of, plain)) / tiles
     steps = sum(visits) if len(visits) == 3 else visits[0]
-    cycles = sum(_cycles(region) * times for region, times in zip(working, visits, strict=True))
+    cycles = sum(cycles_of(region) * times for region, times in zip(working, visits, strict=True))
     for region in regions:
         if not region.matmuls:
             cycles += region.bundles * (steps if region.loops else blocks.counts[0])
@@ -157,7 +159,7 @@ def _figures(
     return KernelFigures(op, kernel, tile_cycles, share, float(cycles), sum(region.spills for region in plain))
 
 
-def _cycles(region: Region) -> int:
+def cycles_of(region: Region) -> int:
     """Bundles of a region, or what the matrix unit takes for its products if that is longer."""
     return max(region.bundles, PUSH_CYCLES * region.matmuls.get("bf16", 0))
 

@@ -10,8 +10,10 @@ import pytest
 from meshloom import cli
 from meshloom.core.bundles import Region
 from meshloom.kernel_bench import bench_kernels
-from meshloom.pallas_kernels import bench
+from meshloom.pallas_kernels import bench, bench_products
 from meshloom.pallas_kernels.attention.visits import Blocks
+from meshloom.pallas_kernels.matmul.quantized import blocks as quantized
+from meshloom.pallas_kernels.matmul.quantized.spec import MatmulSpec
 from tests.compilers import needs_tpu
 
 
@@ -31,6 +33,18 @@ def test_cycles_are_bundles_times_how_often_they_run():
 def test_no_product_is_faster_than_the_matrix_unit():
     region = Region(1, bundles=100, loops=False, matmuls={"bf16": 64}, spills=0, fills=0)
     assert bench._figures("op", "peer", [region], [3], Blocks(128, 128, 128, 128), 2, peak=None).cycles == 3 * 64 * 4
+
+
+def test_rows_are_rounded_once_and_multiplied_for_every_block_of_columns():
+    rounding = Region(1, bundles=30, loops=False, matmuls={}, spills=0, fills=0)
+    ends = Region(2, bundles=5, loops=False, matmuls={}, spills=0, fills=0)
+    product = Region(3, bundles=100, loops=False, matmuls={"s8": 4}, spills=7, fills=0)
+    spec = MatmulSpec((128, 256), (512, 256), activations="int8")
+    blocks = quantized.Blocks(rows=64, columns=256, chunk=128)
+    figures = bench_products._figures("op", [rounding, ends, product], spec, blocks, {"s8": 4})
+    assert figures.cycles == 2 * 2 * (2 * 100 + 5) + 2 * 2 * 30
+    assert figures.peak_share == 4 * 8 / figures.cycles
+    assert figures.spills == 7
 
 
 def test_our_visits_are_the_pairs_on_and_below_the_diagonal():

@@ -1,0 +1,73 @@
+"""Quantized products by the TPU compiler's schedules, as `bench` has attention: needs no TPU, and sees no waits."""
+
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from meshloom.core.ahead import target_devices
+from meshloom.core.bundles import Region, kernel_regions
+from meshloom.core.topology import Devices, make_mesh
+from meshloom.pallas_kernels.bench import KernelFigures, compile_for, cycles_of
+from meshloom.pallas_kernels.matmul.quantized import quantized_matmul
+from meshloom.pallas_kernels.matmul.quantized.blocks import ROWS, Blocks, blocks_of
+from meshloom.pallas_kernels.matmul.quantized.formats import quantize
+from meshloom.pallas_kernels.matmul.quantized.spec import MatmulSpec
+
+SIZE = 4096
+ROW_COUNTS = (16, 512, 2048)
+FORMATS = (("int8", "int8"), ("int4_128", "float"))  # of weights and of rows
+PRODUCT_ROWS = len(ROW_COUNTS) * len(FORMATS)
+# Cycles of a core for a product of 128 x 128 x 128 whose sums are long enough to fill its arrays, by dtype multiplied.
+_TILE_CYCLES = {"v5e": {"bf16": 32, "s8": 16}, "v5p": {"bf16": 32, "s8": 16}, "v6e": {"bf16": 8, "s8": 4}}
+
+
+def products_on_tpu(devices: Devices, folder: pathlib.Path) -> Iterator[KernelFigures]:
+    """Rows of 4,096 bfloat16 numbers by 4,096 x 4,096 weights in int8, with rows in int8, and in int4, with them as is.
+
+    Args:
+        devices: one chip. folder: where libtpu leaves its schedules (`core.bundles.dump_bundles`).
+    """
+    mesh = make_mesh({"fsdp": 1}, target_devices(devices)[:1])
+    whole = jax.NamedSharding(mesh, jax.P())
+
+    def placed(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
+
+    for format, activations in FORMATS:
+        shapes = jax.eval_shape(lambda format=format: quantize(jnp.zeros((SIZE, SIZE)), format))
+        w = jax.tree.map(placed, shapes)
+        for count in ROW_COUNTS:
+            x = placed(jax.ShapeDtypeStruct((count, SIZE), jnp.bfloat16))
+
+            def product(x, w, activations=activations):
+                return quantized_matmul(x, w, activations=activations, implementation="mosaic_tpu")
+
+            compile_for(mesh, product, x, w)
+            spec = MatmulSpec(x.shape, w.shape, str(x.dtype), str(w.values.dtype), w.block, activations)
+            blocks = blocks_of(spec)
+            assert blocks is not None  # or the compiler would have had nothing to do
+            op = f"{format} by rows in {'bfloat16' if activations == 'float' else activations}, {count} rows"
+            peaks = _TILE_CYCLES.get(devices.platform)
+            yield _figures(op, kernel_regions(folder, "quantized_matmul"), spec, blocks, peaks)
+
+
+def _figures(
+    op: str, regions: list[Region], spec: MatmulSpec, blocks: Blocks, peaks: dict[str, int] | None
+) -> KernelFigures:
+    """All regions run once for each block of the result, but products once for each chunk of a row's numbers, and what
+    rounds rows to int8, the longest other region, once for 32 of them.
+    """
+    (count, size), columns = spec.x, spec.w[0]
+    down, across = -(-count // blocks.rows), -(-columns // blocks.columns)
+    (product,) = (region for region in regions if region.matmuls)
+    others = sorted((region.bundles for region in regions if not region.matmuls), reverse=True)
+    cycles = down * across * (cycles_of(product) * (size // blocks.chunk) + sum(others))
+    if spec.activations == "int8":
+        cycles += down * others[0] * (blocks.rows // ROWS - across)
+    tiles = count * columns * size / 128**3
+    share = None if peaks is None else peaks[next(iter(product.matmuls))] * tiles / cycles
+    label = f"meshloom {blocks.rows}x{blocks.columns}x{blocks.chunk}"
+    return KernelFigures(op, label, cycles / tiles, share, float(cycles), product.spills)

@@ -20,6 +20,7 @@ from meshloom.models.layers import MLP, Attention, Linear, MoE, make_norm, norma
 from meshloom.models.sequence import Layout, positions_of
 from meshloom.models.stack import Cache, LayerStack
 from meshloom.pallas_kernels import KVPages, matmul
+from meshloom.pallas_kernels.attention.context.spreading import token_order
 from meshloom.pallas_kernels.attention.spec import soft_capped
 
 
@@ -130,6 +131,10 @@ class Decoder(nnx.Module):
             x = x[rows]
         x = self.final_norm(x)
         return (self._logits(x) if unembed else x), cache
+
+    def token_order(self, length: int) -> str:
+        """How `Packed` tokens of rows of this length should come on the mesh in scope; see `token_order`."""
+        return token_order(length, self.config.n_heads)
 
     @property
     def unembedding(self) -> Unembedding:

@@ -18,10 +18,15 @@ from meshloom.pallas_kernels.attention.spec import Leaf
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """Several documents in one row: `segment_ids` numbers them (0 is padding), `positions` restart in each."""
+    """Several documents in one row: `segment_ids` numbers them (0 is padding), `positions` restart in each.
+
+    Attributes:
+        order: in which the tokens come over the mesh's `context` axis, see `Decoder.token_order`.
+    """
 
     segment_ids: Int[Array, "B T"] | Leaf
     positions: Int[Array, "B T"] | Leaf
+    order: str = dataclasses.field(default="contiguous", metadata={"static": True})
 
 
 Layout = Packed | Ragged | None
@@ -63,11 +68,11 @@ def attend(
     if isinstance(layout, Ragged):
         options = {"window": window, "scale": scale, "soft_cap": soft_cap, "distance_bias": distance_bias}
         return paged_attention(q, k, v, pages, layout, **options)
-    segments = layout.segment_ids if isinstance(layout, Packed) else None
+    segments, order = (layout.segment_ids, layout.order) if isinstance(layout, Packed) else (None, "contiguous")
     mask = Mask(causal=True, window=window, q_segments=segments, kv_segments=segments)
     bias = None
     if distance_bias is not None:
         length = jnp.arange(q.shape[1])
         distance = jnp.clip(length[:, None] - length[None, :], 0, distance_bias.shape[1] - 1)
         bias = distance_bias[:, distance][None]
-    return attention(q, k, v, mask=mask, scale=scale, soft_cap=soft_cap, bias=bias), None
+    return attention(q, k, v, mask=mask, scale=scale, soft_cap=soft_cap, bias=bias, layout=order), None

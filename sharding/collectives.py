@@ -8,13 +8,14 @@ Bytes are counted as a compiled program's are: those of the result on one device
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Literal
 
 from meshloom.core.topology import AXES, Devices, Level, closed
 
-Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
+Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "collective_permute"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +76,8 @@ def seconds(kind: Kind, result_bytes: float, spans: Sequence[Span]) -> float:
             return 2 * _gather(result_bytes, spans)
         case "all_to_all":
             return _exchange(result_bytes, spans, ways)
+        case "collective_permute":
+            return max(map(functools.partial(_hop, result_bytes), spans))
 
 
 def _gather(whole: float, spans: Sequence[Span]) -> float:
@@ -84,6 +87,11 @@ def _gather(whole: float, spans: Sequence[Span]) -> float:
         time += (span.ways - 1) / span.ways * whole / span.bandwidth + (span.ways - 1) * span.latency
         whole /= span.ways
     return time
+
+
+def _hop(amount: float, span: Span) -> float:
+    """To the next member of a ring, one way: of a torus, half of the links that a gather has along its dimensions."""
+    return amount / span.bandwidth * (2 if span.level == "ici" else 1) + span.latency
 
 
 def _exchange(local: float, spans: Sequence[Span], ways: int) -> float:

@@ -8,6 +8,8 @@ the bandwidth of its memory, whichever takes longer. Collectives follow from wha
 * `tensor`, `expert`: each product that contracts a split class leaves partial sums, reduced once (the all-reduce, or
   the reduce-scatter and all-gather that XLA may make of it, which moves as much).
 * `data`: gradients are all-reduced; so are those of weights that `fsdp` does not split, over both axes.
+* `context`: so are gradients, in every part; keys and values go round a ring, and on the way back with float32 sums of
+  their gradients.
 
 `OVERLAP` is an assumption, not a measurement: the fraction of each class of collectives that runs behind compute.
 Memory is what the program keeps, not what a compiler's allocator adds to it.
@@ -29,10 +31,11 @@ from meshloom.sharding.collectives import Kind, Span, axis_spans
 from meshloom.sharding.layout import Row
 from meshloom.sharding.work import Leaves, Work
 
-Purpose = Literal["weights", "gradients", "partial sums"]
+Purpose = Literal["weights", "gradients", "partial sums", "keys"]
 # Weights of the next layer are gathered and gradients of the last one reduced while a layer computes; a partial sum is
-# needed by the very next product, and only splitting that product into pieces hides some of it.
-OVERLAP: dict[Purpose, float] = {"weights": 0.9, "gradients": 0.9, "partial sums": 0.3}
+# needed by the very next product, and only splitting that product into pieces hides some of it. Keys travel while those
+# at hand are attended to.
+OVERLAP: dict[Purpose, float] = {"weights": 0.9, "gradients": 0.9, "partial sums": 0.3, "keys": 0.9}
 BATCH_AXES = ("data", "fsdp")
 
 
@@ -88,7 +91,7 @@ class Breakdown:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on one device at the peak of a step."""
+    """Bytes on one device at the peak of a step; `logits` are what they take beyond a layer's activations."""
 
     weights: float
     gradients: float
@@ -176,6 +179,24 @@ class Pricer:
                 found.append(self.collective("all_reduce", axis, "partial sums", amount, each.trips * parts))
         return found
 
+    def rings(
+        self, forward: Work, split: Split, rows: float | int, parts: float | int, passes: int
+    ) -> list[CollectiveCost]:
+        """What attention sends over `context`, of a training step.
+
+        Args:
+            forward: work of the forward pass, which runs `passes` times.
+        """
+        ways = self.mesh.get("context", 1)
+        found = []
+        for each in forward.attended if ways > 1 else ():
+            held, times = split.share(each.bytes, each.dims) * rows / forward.rows / ways, each.layers * parts
+            sums = held * 4 / np.dtype(self.dtype).itemsize
+            trips = (passes + 1) * (ways - 1)
+            found.append(self.collective("collective_permute", "context", "keys", held, times * trips))
+            found.append(self.collective("collective_permute", "context", "keys", sums, times * ways))
+        return found
+
     def collective(
         self, kind: Kind, axis: str, purpose: Purpose, result: float | int, count: float | int
     ) -> CollectiveCost:
@@ -187,7 +208,7 @@ class Pricer:
     def weights_and_gradients(
         self, rows: Sequence[Row], parts: int, reductions: int, tables: Collection[int] = (), tokens: float | int = 0
     ) -> list[CollectiveCost]:
-        """Gathers of stored weights in each of `parts`, and reductions of gradients over `fsdp` and `data`.
+        """Gathers of stored weights in each of `parts`, and reductions of gradients over `fsdp`, `context` and `data`.
 
         Args:
             tables: indices of the rows that are only looked up; of those stored by columns the results are sent.
@@ -210,6 +231,8 @@ class Pricer:
                 found.append(self.collective("reduce_scatter", "fsdp", "gradients", shard, layers * parts))
             elif fsdp > 1:
                 found.append(self.collective("all_reduce", "fsdp", "gradients", whole, layers * parts))
+            if self.mesh.get("context", 1) > 1:
+                found.append(self.collective("all_reduce", "context", "gradients", shard, layers * parts))
             if data > 1:
                 found.append(self.collective("all_reduce", "data", "gradients", shard, layers * reductions))
         return found

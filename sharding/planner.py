@@ -1,8 +1,8 @@
 """Which mesh, remat policy and micro-batch train a model fastest on given devices: a search without compiling.
 
 A module is traced once per remat policy. Each mesh is then derived by the two rules and priced by arithmetic, so that
-all meshes times all micro-batches are tried. `context` stays 1: nothing here splits a sequence yet. What comes out is a
-guess until it is compiled, and labelled so by whoever prints it.
+all meshes times all micro-batches are tried. What comes out is a guess until it is compiled, and labelled so by whoever
+prints it.
 """
 
 import dataclasses
@@ -44,6 +44,12 @@ from meshloom.sharding.workload import TrainWorkload
 REMAT = ("none", "dots", "full")
 # The compiler's own buffers, padding and fragmentation: a plan fits if it leaves this share of memory free.
 RESERVE = 0.08
+# Of what a layer's backward pass reads, the share that stands at one time: XLA frees the rest before the last of it is
+# made. Fitted to Llama-3-8B on 16 and 64 v5e and 8 H100, which it then exceeds by 4 to 13 % in all.
+LAYER_SHARE = 0.6
+# Tokens of a row that a device must be left: with fewer, the ring waits for its keys. v5e, whose links are the slowest
+# for its products, needs 4,400 over the number of query heads to a kv head.
+LEAST_TOKENS = 1024
 # What a loss without logits holds at a time: 2**25 float32 logits with their gradient in half the bytes, and as much
 # again for each of three blocks of the unembedding: the one in use, the next one and a gradient.
 LOSS_BYTES = 4.5 * 2**27
@@ -159,13 +165,20 @@ def trace_model(
     return Traced(plain, program, roles, works, not hasattr(module, "unembedding"))
 
 
-def meshes(count: int, *, experts: bool) -> Iterator[dict[str, int]]:
-    """Every mesh of `count` devices over data, fsdp, tensor, and expert if there are any."""
+def meshes(count: int, *, experts: bool, length: int = 0) -> Iterator[dict[str, int]]:
+    """Every mesh of `count` devices over data, fsdp, tensor, expert if there are any, and context if rows are long.
+
+    Args:
+        length: tokens of a row; a device of a ring has two chunks of at least half of LEAST_TOKENS.
+    """
     for tensor in _divisors(count):
         for expert in _divisors(count // tensor) if experts else (1,):
-            for fsdp in _divisors(count // tensor // expert):
-                sizes = {"data": count // tensor // expert // fsdp, "fsdp": fsdp, "expert": expert, "tensor": tensor}
-                yield {axis: sizes[axis] for axis in AXES if axis in sizes}
+            for context in _divisors(left := count // tensor // expert):
+                if context > 1 and (length % (2 * context) or length < context * LEAST_TOKENS):
+                    continue
+                for fsdp in _divisors(left // context):
+                    sizes = (left // context // fsdp, fsdp, expert, context, tensor)
+                    yield dict(zip(AXES, sizes, strict=True))
 
 
 def plan_training(
@@ -201,7 +214,8 @@ def plan_training(
     chip = chip or chip_named(devices.platform)
     given = None if mesh is None else dict(abstract_mesh(mesh, devices.count).shape)
     traced = trace_model(module_of, workload, remats)
-    tried = meshes(devices.count, experts=traced.has_experts) if given is None else [given]
+    every = meshes(devices.count, experts=traced.has_experts, length=workload.sequence_length)
+    tried = every if given is None else [given]
     found = [candidate for sizes in tried for candidate in price_mesh(traced, devices, chip, sizes, workload, remats)]
     if not found:
         raise ShardingError(_no_mesh(devices, workload, given))
@@ -223,7 +237,7 @@ def price_mesh(
 ) -> Iterator[Candidate]:
     """All remat policies and micro-batches on one mesh; none if its axes do not take the batch or split nothing."""
     ways = math.prod(mesh.get(axis, 1) for axis in BATCH_AXES)
-    if workload.rows % ways:
+    if workload.rows % ways or workload.sequence_length % mesh.get("context", 1):
         return
     rules, _ = decide(traced.program, traced.roles, mesh)
     used = {choice.axis for row in rules for choice in row.choices}
@@ -236,11 +250,12 @@ def price_mesh(
     peak = chip.flops[workload.dtype] * devices.count
     for remat in remats:
         work = traced.steps[remat]
-        split = split_of(work, rules, mesh)
+        splits = split_of(work, rules, mesh), none_split, forward_split
         for microbatch in _divisors(workload.rows // ways):
             parts = workload.rows // ways // microbatch
-            memory = _memory(traced, work, rules, (split, none_split, forward_split), mesh, workload, microbatch, parts)
-            breakdown = _step(pricer, traced, work, rules, split, workload, microbatch, parts)
+            memory = _memory(traced, work, rules, splits, mesh, workload, microbatch, parts)
+            passes = 1 if remat == "none" else 2
+            breakdown = _step(pricer, traced, work, rules, splits, workload, microbatch, parts, passes)
             yield Candidate(
                 mesh,
                 remat,
@@ -259,18 +274,22 @@ def _step(
     traced: Traced,
     work: Work,
     rules: Sequence[Row],
-    split: Split,
+    splits: tuple[Split, Split, Split],
     workload: TrainWorkload,
     microbatch: int,
     parts: int,
+    passes: int,
 ) -> Breakdown:
-    moved = pricer.partial_sums(work, split, microbatch, parts)
-    reductions, tokens = parts if workload.reduce_every_part else 1, microbatch * workload.sequence_length
+    split, _, forward_split = splits
+    rows = microbatch / pricer.mesh.get("context", 1)
+    moved = pricer.partial_sums(work, split, rows, parts)
+    moved += pricer.rings(traced.forward, forward_split, microbatch, parts, passes)
+    reductions, tokens = parts if workload.reduce_every_part else 1, rows * workload.sequence_length
     moved += pricer.weights_and_gradients(rules, parts, reductions, traced.tables, tokens)
     # The update reads parameters, gradients and state, and writes parameters and state.
     each = 2 * workload.parameter_bytes + 2 * workload.optimizer_bytes_per_parameter + workload.gradient_bytes
     update = each * sum(elements(row) for row in rules)
-    return pricer.breakdown(pricer.groups(work, split, microbatch, parts), moved, update)
+    return pricer.breakdown(pricer.groups(work, split, rows, parts), moved, update)
 
 
 def _memory(
@@ -286,26 +305,31 @@ def _memory(
     split, none_split, forward_split = splits
     held = sum(elements(row) for row in rules)
     item = np.dtype(workload.dtype).itemsize
-    scale = microbatch / work.rows
+    rows = microbatch / mesh.get("context", 1)
+    scale = rows / work.rows
     saved = sum((split.share(each.bytes, each.dims) for each in work.saved), 0.0)
     # Backward through one layer holds what that layer would save without remat.
     layer = sum(
         none_split.share(each.bytes, each.dims) / each.layers for each in traced.steps["none"].saved if each.layers > 1
     )
     gathered = sum(gathered_elements(row, mesh.get("fsdp", 1)) for row in rules)
-    # Gradients in the computation's dtype stand beside those of earlier parts that they are added to.
-    gradient = item + (workload.gradient_bytes if parts > 1 or workload.gradient_bytes > item else 0)
+    # Gradients in the computation's dtype stand beside those of earlier parts that they are added to. Those of one part
+    # are converted as the optimizer reads them.
+    gradient = item + (workload.gradient_bytes if parts > 1 else 0)
     copy = item if item < workload.parameter_bytes else 0
     whole = (elements(row) / stacked(row) * mesh.get("fsdp", 1) for row in rules if not in_blocks(row))
     # Logits and their gradient.
     loss = 2 * sum(forward_split.share(each.bytes, each.dims) for each in traced.forward.output)
-    loss *= microbatch / traced.forward.rows
+    loss *= rows / traced.forward.rows
+    loss = loss if traced.makes_logits else min(loss, LOSS_BYTES)
+    # The loss is done when the last layer's backward pass begins.
+    layer *= LAYER_SHARE * scale
     return Memory(
         weights=held * (workload.parameter_bytes + copy),
         gradients=held * gradient + max(whole, default=0.0) * item,
         optimizer=held * workload.optimizer_bytes_per_parameter,
-        activations=(saved + layer) * scale,
-        logits=loss if traced.makes_logits else min(loss, LOSS_BYTES),
+        activations=saved * scale + layer,
+        logits=max(loss - layer, 0.0),
         gathered=gathered * item,
     )
 

@@ -54,11 +54,25 @@ class Saved:
 
 
 @dataclasses.dataclass(frozen=True)
+class Attended:
+    """Keys and values of all tokens, which every query may read; values are taken to be as large as keys.
+
+    Attributes:
+        bytes: of one layer. dims: what a mesh may split of them beside the tokens. layers: how often there are such.
+    """
+
+    bytes: float
+    dims: Leaves
+    layers: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Work:
     """One program's work at `rows` rows.
 
     Attributes:
         flops, activation_bytes, weight_bytes: (group, classes) -> amount. Weights' bytes do not grow with the rows.
+        attended: of a forward pass.
         leaves: per parameter and dimension, its leaves in this program, outermost first.
     """
 
@@ -69,6 +83,7 @@ class Work:
     reductions: tuple[Reduction, ...]
     saved: tuple[Saved, ...]
     output: tuple[Saved, ...]
+    attended: tuple[Attended, ...]
     leaves: tuple[tuple[tuple[Dim, ...], ...], ...]
 
     @property
@@ -128,6 +143,7 @@ def _work(program: Program, roles: dict[Dim, Role], *, forward: bool) -> Work:
         counter.reductions(),
         saved,
         tuple(kept) if forward else (),
+        tuple(counter.attended) if forward else (),
         own,
     )
 
@@ -150,6 +166,8 @@ class _Counter:
         self.flops: dict[tuple[str, Leaves], float] = collections.defaultdict(float)
         self.activation_bytes: dict[tuple[str, Leaves], float] = collections.defaultdict(float)
         self.weight_bytes: dict[tuple[str, Leaves], float] = collections.defaultdict(float)
+        self.attended: list[Attended] = []
+        self._tokens = program.inputs[0].dims[1].size if program.inputs and len(program.inputs[0].dims) > 1 else 1
         self._trips = trips_of(program)
         self._kernels: set[int] = set()
         self._partial: dict[Value, int] = {}
@@ -181,6 +199,10 @@ class _Counter:
             kernel_shape, spec = step.equation.invars[1].aval.shape, step.equation.params["dimension_numbers"].rhs_spec
             amount *= math.prod(kernel_shape[axis] for axis in spec[2:])
         self.flops[group, frozenset(dims)] += trips * amount
+        if group == "attention" and leaves_of(product.contracted) <= self.weights:  # queries with keys
+            first = kernel is None or id(kernel) not in self._kernels
+            layers = trips if kernel is None else trips / kernel.params["length"] * first
+            self._attend(step, product, layers)
         if kernel is not None:
             if id(kernel) not in self._kernels:
                 self._kernels.add(id(kernel))
@@ -194,6 +216,13 @@ class _Counter:
             table = self.weight_bytes if value.kind == Kind.WEIGHT else self.activation_bytes
             table[group, frozenset(leaves_of(value.dims))] += trips * _bytes(var.aval)
         self._sum(step, leaves_of(product.contracted), trips)
+
+    def _attend(self, step: Step, product: Product, layers: float) -> None:
+        held = (*product.batch, *product.contracted)
+        item = np.dtype(step.equation.invars[0].aval.dtype).itemsize
+        amount = 2.0 * item * self._tokens * math.prod(dim.size for dim in held)
+        if layers:
+            self.attended.append(Attended(amount, frozenset(leaves_of(held)), layers))
 
     def _group(self, step: Step, product: Product, dims: set[Dim]) -> str:
         roles = {self.roles.get(leaf) for leaf in dims}

@@ -16,27 +16,33 @@ from meshloom.pallas_kernels.cross_entropy.reference import cross_entropy_of_log
 IGNORED = -1
 
 
+def next_tokens(tokens: Int[Array, "B T_and_1"], segment_ids: Int[Array, "B T_and_1"]) -> Int[Array, "B T"]:
+    """What is predicted at each of the first T tokens.
+
+    A token counts if it lies in the same document (segment) as the one before it; padding (segment 0) never counts, and
+    is IGNORED.
+    """
+    counted = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
+    return jnp.where(counted, tokens[:, 1:], IGNORED)
+
+
 @jax.named_scope("next_token_loss")
 def next_token_loss(
     hidden: Float[Array, "B T D"],
     unembedding: Unembedding | None,
-    tokens: Int[Array, "B T_and_1"],
-    segment_ids: Int[Array, "B T_and_1"],
+    targets: Int[Array, "B T"],
     *,
     split: Split | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Sum of -log p(next token), in nats, and the number of tokens in it.
-
-    A token counts if it lies in the same document (segment) as the one before it; padding (segment 0) never counts.
+    """Sum of -log p(target), in nats, and the number of tokens in it: all that are not IGNORED.
 
     Args:
-        hidden: what logits are made of, of the first T tokens.
+        hidden: what logits are made of.
         unembedding: what makes them; None says that `hidden` are the logits, float32.
         split, implementation: as in `linear_cross_entropy`.
     """
-    counted = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
-    targets = jnp.where(counted, tokens[:, 1:], IGNORED)
+    counted = targets != IGNORED
     if unembedding is None:
         loss = jnp.where(counted, cross_entropy_of_logits(hidden, targets)[0], 0.0)
     else:

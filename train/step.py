@@ -22,11 +22,12 @@ from jaxtyping import Array, Float, Int
 from meshloom.models.decoder import Unembedding
 from meshloom.models.random_weights import random_weights
 from meshloom.models.sequence import Packed
+from meshloom.pallas_kernels.attention.context import to_zigzag
 from meshloom.pallas_kernels.cross_entropy import Split
 from meshloom.sharding.constrain import constrained, plain
 from meshloom.sharding.layout import Layout
 from meshloom.train.data import Batch, Share
-from meshloom.train.objectives import next_token_loss
+from meshloom.train.objectives import next_token_loss, next_tokens
 
 # Parameters and optimizer state as they go from step to step: `nnx.State` of parameters, and optax's state.
 Weights = tuple[Any, Any]
@@ -71,11 +72,11 @@ def make_step(
 
     def loss_of(params: Any, part: Batch) -> tuple[Float[Array, ""], Int[Array, ""]]:
         computed = jax.tree.map(lambda x: x.astype(dtype), params)
-        packed = Packed(part.segment_ids[:, :-1], part.positions[:, :-1])
+        tokens, packed, targets = arranged(module, part)
         unembedding = unembedding_of(module, computed)
         without_logits = () if unembedding is None else (None, None, False)
-        hidden, _ = forward(computed, part.tokens[:, :-1], packed, *without_logits)
-        return next_token_loss(hidden, unembedding, part.tokens, part.segment_ids, split=split, implementation=loss)
+        hidden, _ = forward(computed, tokens, packed, *without_logits)
+        return next_token_loss(hidden, unembedding, targets, split=split, implementation=loss)
 
     def add_part(params: Any, total: Any, part: Batch) -> tuple[Any, None]:
         (loss, count), gradient = jax.value_and_grad(loss_of, has_aux=True)(params, part)
@@ -95,6 +96,22 @@ def make_step(
         return (params, state), metrics
 
     return step
+
+
+def arranged(module: nnx.Module, part: Batch) -> tuple[Int[Array, "B T"], Packed, Int[Array, "B T"]]:
+    """Tokens, their documents and what follows them, in the order that the module asks for on the mesh in scope.
+
+    A module that asks for none gets the order of the text. The loss is a sum, which has none.
+    """
+    order_of = getattr(module, "token_order", None)
+    order = "contiguous" if order_of is None else order_of(part.tokens.shape[1] - 1)
+    inputs = part.tokens[:, :-1], part.segment_ids[:, :-1], part.positions[:, :-1]
+    arrays = (*inputs, next_tokens(part.tokens, part.segment_ids))
+    if order == "zigzag":
+        ways = jax.sharding.get_abstract_mesh().shape["context"]
+        arrays = tuple(to_zigzag(x, ways) for x in arrays)
+    tokens, segment_ids, positions, targets = arrays
+    return tokens, Packed(segment_ids, positions, order), targets
 
 
 def forward_of(module: nnx.Module, layout: Layout | None) -> Callable[..., Any]:

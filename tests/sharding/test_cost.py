@@ -88,6 +88,8 @@ def test_ring_times_are_those_of_the_formulas():
     assert seconds("all_reduce", 800.0, ring) == 2 * seconds("all_gather", 800.0, ring)
     assert seconds("all_to_all", 800.0, ring) == 3 / 4 * 800 / 100 + 0.5
     assert seconds("all_reduce", 800.0, ()) == 0
+    assert seconds("collective_permute", 800.0, ring) == 800 / 100 + 0.5
+    assert seconds("collective_permute", 800.0, (Span("ici", 4, 100.0, 0.5),)) == 2 * 800 / 100 + 0.5
 
 
 def test_only_a_share_crosses_the_slow_level():

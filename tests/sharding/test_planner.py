@@ -52,6 +52,32 @@ def test_1024_devices_have_66_meshes_and_286_with_experts():
     assert len(list(meshes(1024, experts=True))) == 286
 
 
+def test_rows_are_cut_while_a_device_keeps_two_whole_chunks_of_enough_tokens():
+    def contexts(length: int) -> set[int]:
+        return {mesh["context"] for mesh in meshes(16, experts=False, length=length)}
+
+    assert contexts(1024) == {1}
+    assert contexts(4096) == {1, 2, 4}
+    assert contexts(2**20) == {1, 2, 4, 8, 16}
+    assert contexts(4098) == {1}
+
+
+def test_one_row_on_many_devices_is_a_ring():
+    best = plan("llama3-8b", "v5p:2x2x4", 2**17, 2**17)[0]
+    assert best.fits
+    assert best.mesh["context"] > 1
+    assert best.mesh["data"] == best.mesh["fsdp"] == 1
+
+
+def test_a_ring_sends_keys_and_values_once_a_pass_and_their_gradients_back():
+    """Llama-3-8B, a row of 32,768 tokens a device: 2 x 8 heads x 128 numbers of bfloat16 a token, 32 layers."""
+    (best, *_) = plan("llama3-8b", "v5p:2x2x4", 2**17, 2**15, mesh="fsdp=4,context=4", remats=("full",))
+    held = 2**15 // 4 * 2 * 8 * 128 * 2
+    assert best.breakdown.bytes_by_kind["collective_permute"] == 32 * held * (3 * 3 + 4 * 2)
+    (gradients,) = (each for each in best.breakdown.collectives if each.axis == "context" and each.kind == "all_reduce")
+    assert gradients.bytes == 8_030_261_248 * 2 / 4 + 65 * 4096 * 2 * 3 / 4  # norms are whole
+
+
 @settings(deadline=None, max_examples=10)
 @given(st.sampled_from([2, 4, 8]), st.sampled_from([1, 2, 4]))
 def test_more_rows_at_once_take_more_memory_and_recomputation_less(fsdp, microbatch):

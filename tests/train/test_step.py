@@ -14,15 +14,17 @@ from meshloom.models.config import DecoderConfig
 from meshloom.models.decoder import Decoder, Unembedding
 from meshloom.models.sequence import Packed
 from meshloom.models.source import abstract_module
+from meshloom.pallas_kernels.attention.context.spreading import token_order
 from meshloom.pallas_kernels.cross_entropy import spec as cross_entropy
 from meshloom.sharding import derive
 from meshloom.train.config import TrainConfig
 from meshloom.train.data import Batch
-from meshloom.train.objectives import next_token_loss
+from meshloom.train.objectives import next_token_loss, next_tokens
 from meshloom.train.optimizer import decaying, make_optimizer, make_schedule
 from meshloom.train.step import (
     abstract_batch,
     abstract_weights,
+    arranged,
     compile_step,
     fresh_weights,
     make_step,
@@ -99,6 +101,36 @@ def test_a_loss_without_logits_changes_rounding_only(big_batch, monkeypatch):
         np.testing.assert_allclose([m.grad_norm for m in metrics], [m.grad_norm for m in expected], rtol=1e-4)
 
 
+def test_tokens_in_zigzag_over_context_change_rounding_only(big_batch):
+    expected, _ = big_batch
+    metrics, _ = run({"fsdp": 2, "context": 2, "tensor": 2})
+    np.testing.assert_allclose([m.loss for m in metrics], [m.loss for m in expected], rtol=1e-5)
+    np.testing.assert_allclose([m.grad_norm for m in metrics], [m.grad_norm for m in expected], rtol=1e-4)
+
+
+def test_tokens_come_in_zigzag_where_attention_is_a_ring():
+    module, part = abstract_module(MODEL, jnp.float32), jax.tree.map(jnp.asarray, packed_batch(0))
+    in_order, packed, targets = arranged(module, part)
+    assert packed.order == "contiguous"
+    np.testing.assert_array_equal(in_order, part.tokens[:, :-1])
+    with jax.set_mesh(make_mesh({"context": 2, "fsdp": 4})):
+        tokens, packed, moved = arranged(module, part)
+        other_model = nnx.eval_shape(lambda: nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+        assert arranged(other_model, part)[1].order == "contiguous"
+    assert packed.order == "zigzag"
+    quarters = [*range(4), *range(12, 16), *range(4, 12)]  # the first and the last for one device
+    np.testing.assert_array_equal(tokens, in_order[:, quarters])
+    np.testing.assert_array_equal(packed.positions, part.positions[:, quarters])
+    np.testing.assert_array_equal(packed.segment_ids, part.segment_ids[:, quarters])
+    np.testing.assert_array_equal(moved, targets[:, quarters])
+
+
+@pytest.mark.parametrize(("length", "heads", "order"), [(16, 4, "zigzag"), (18, 4, "contiguous"), (8, 3, "contiguous")])
+def test_no_zigzag_where_there_is_no_ring(length, heads, order):
+    with jax.set_mesh(make_mesh({"context": 4, "tensor": 2})):
+        assert token_order(length, heads) == order
+
+
 def test_bfloat16_computes_over_float32_weights(big_batch):
     expected, _ = big_batch
     metrics, weights = run({"fsdp": 1}, dtype=jnp.bfloat16)
@@ -147,11 +179,11 @@ def test_loss_counts_only_next_tokens_of_the_same_document():
     tokens = jnp.asarray([[1, 2, 3, 4, 5, 6]])
     segments = jnp.asarray([[1, 1, 1, 2, 2, 0]])
     identity = Unembedding(jnp.eye(7), None, None)
-    total, count = next_token_loss(logits, identity, tokens, segments)
+    total, count = next_token_loss(logits, identity, next_tokens(tokens, segments))
     each = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])[0]
     assert int(count) == 3
     np.testing.assert_allclose(total, each[jnp.asarray([0, 1, 3])].sum(), rtol=1e-6)
-    assert next_token_loss(logits, identity, tokens, jnp.zeros_like(segments)) == (0.0, 0)
+    assert next_token_loss(logits, identity, next_tokens(tokens, jnp.zeros_like(segments))) == (0.0, 0)
 
 
 def test_a_packed_document_has_the_logits_it_has_alone():

@@ -111,25 +111,31 @@ def compile_best(
     run: TrainConfig | None = None,
     keep: Callable[[StepProgram], Any] | None = None,
 ) -> list[Candidate]:
-    """The candidates, compiled in order until `wanted` of them fit; those that fit come first.
+    """The candidates, compiled in order until `wanted` of them fit; those come first, by what was compiled.
 
     Args:
         run: as for `lowered_step`; the defaults, if None, move as many bytes as any other.
-        keep: gets the program of the first that fits, as soon as it is compiled.
+        keep: gets the program of the first that fits, as soon as it is compiled, and of each that turns out faster.
     Raises:
         ConfigError: there is no compiler for the devices here; the message says what to install.
     """
     devices = target_devices(where)
-    kept: list[Candidate] = []
+    fastest = math.inf
 
     def compile_one(candidate: Candidate) -> Candidate:
+        nonlocal fastest
         after, program = _compiled(config, where, devices, candidate, workload, run or TrainConfig())
-        if keep is not None and program is not None and after.fits and not kept:
-            kept.append(after)
-            keep(program)
+        if program is not None and after.fits and _compiled_step(after) < fastest:
+            fastest = _compiled_step(after)
+            if keep is not None:
+                keep(program)
         return after
 
-    return _until_found(candidates, compile_one, label, wanted, console)
+    return _until_found(candidates, compile_one, label, _compiled_step, wanted, console)
+
+
+def _compiled_step(candidate: Candidate) -> float:
+    return math.inf if candidate.compiled_step_time_s is None else candidate.compiled_step_time_s
 
 
 def compile_best_serving(
@@ -155,13 +161,18 @@ def compile_best_serving(
         tokens = prefill_tokens(workload.input_length)
         return dataclasses.replace(candidate, compiled=reports, compiled_tokens=tokens)
 
-    return _until_found(candidates, compile_one, serving_label, wanted, console)
+    return _until_found(candidates, compile_one, serving_label, lambda each: 0.0, wanted, console)
 
 
 def _until_found[T: (Candidate, ServeCandidate)](
-    candidates: Sequence[T], compile_one: Callable[[T], T], name: Callable[[T], str], wanted: int, console: Console
+    candidates: Sequence[T],
+    compile_one: Callable[[T], T],
+    name: Callable[[T], str],
+    rank: Callable[[T], float],
+    wanted: int,
+    console: Console,
 ) -> list[T]:
-    """The candidates, compiled in order until `wanted` of them fit; those that fit first."""
+    """The candidates, compiled in order until `wanted` of them fit; those that fit first, and of these the compiled."""
     done: list[T] = []
     columns = SpinnerColumn(), TextColumn("compiling {task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
@@ -173,5 +184,6 @@ def _until_found[T: (Candidate, ServeCandidate)](
             progress.update(task, completed=found)
             if found == wanted:
                 break
+    done.sort(key=rank)
     done += candidates[len(done) :]
     return sorted(done, key=lambda each: not each.fits)

@@ -27,6 +27,8 @@ def candidate_table(candidates: Sequence[Candidate], *, title: str) -> Table:
         axes = mesh_text(each.mesh) or "one device"
         memory = f"{_size(each.memory.total)} of {_size(each.hbm_bytes)}"
         compiled = "" if each.compiled_bytes is None else _size(each.compiled_bytes)
+        if each.compiled_step_time_s is not None:
+            compiled += f", {_time(each.compiled_step_time_s)}"
         numbers = str(each.microbatch), str(each.parts), _time(each.step_time_s), f"{each.mfu:.1%}", memory
         table.add_row(axes, each.remat, *numbers, compiled, "yes" if each.fits else "no")
     return table

@@ -18,12 +18,13 @@ Memory is what the program keeps, not what a compiler's allocator adds to it.
 import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 
 from meshloom.core.errors import ConfigError
 from meshloom.core.hardware import Chip
+from meshloom.core.program_report import Collective
 from meshloom.core.topology import Devices, network
 from meshloom.sharding import collectives
 from meshloom.sharding.classes import Dim, find
@@ -205,6 +206,18 @@ class Pricer:
         time = count * collectives.seconds(kind, result, spans)
         return CollectiveCost(kind, axis, purpose, count, count * result, time, spans[-1].level if spans else "none")
 
+    def of_program(self, found: Sequence[Collective]) -> list[CollectiveCost]:
+        """Collectives as the compiler has them, which may be of other kinds and over several axes at once."""
+        costs = []
+        for each in found:
+            spans = [span for axis in reversed(each.axes) for span in self._spans.get(axis, ())]
+            if spans and each.count:
+                kind = cast(Kind, each.kind)
+                time = each.count * collectives.seconds(kind, each.bytes / each.count, spans)
+                told = kind, "+".join(each.axes), _purpose(each), each.count, each.bytes, time, spans[-1].level
+                costs.append(CollectiveCost(*told))
+        return costs
+
     def weights_and_gradients(
         self, rows: Sequence[Row], parts: int, reductions: int, tables: Collection[int] = (), tokens: float | int = 0
     ) -> list[CollectiveCost]:
@@ -250,6 +263,15 @@ class Pricer:
         compute = sum((group.seconds for group in groups), 0.0)
         exposed = sum((each.seconds for each in merged.values()), 0.0) - min(hidden, compute)
         return Breakdown(groups, optimizer_bytes / self.chip.hbm_bandwidth, tuple(merged.values()), exposed)
+
+
+def _purpose(each: Collective) -> Purpose:
+    """What a compiled collective is for, by its axes and kind."""
+    if {"tensor", "expert"} & {*each.axes}:
+        return "partial sums"
+    if each.kind == "collective_permute" and "context" in each.axes:
+        return "keys"
+    return "weights" if each.kind in ("all_gather", "all_to_all") else "gradients"
 
 
 def _together(a: CollectiveCost, b: CollectiveCost) -> CollectiveCost:

@@ -62,6 +62,7 @@ class Candidate:
     Attributes:
         microbatch: rows per device and part; `parts` of them make the batch.
         mfu: useful FLOPs (three times the forward pass) over what all devices could do in the step.
+        pricer: what priced it.
         compiled: the compiler's figures. needed_bytes: what it asks for on each device, where it refuses for that.
     """
 
@@ -74,6 +75,7 @@ class Candidate:
     memory: Memory
     hbm_bytes: int
     breakdown: Breakdown
+    pricer: Pricer = dataclasses.field(repr=False)
     compiled: ProgramReport | None = None
     needed_bytes: int | None = None
 
@@ -85,6 +87,15 @@ class Candidate:
     def compiled_bytes(self) -> int | None:
         """Memory per device as the compiler says, of a program that it refused as well."""
         return self.needed_bytes if self.compiled is None else self.compiled.peak_bytes
+
+    @functools.cached_property
+    def compiled_step_time_s(self) -> float | None:
+        """The step with the collectives that are in the compiled program in place of the predicted ones."""
+        if self.compiled is None:
+            return None
+        moved = self.pricer.of_program(self.compiled.collectives)
+        update = self.breakdown.optimizer_s * self.pricer.chip.hbm_bandwidth
+        return self.pricer.breakdown(self.breakdown.groups, moved, update).step_s
 
     @property
     def fits(self) -> bool:
@@ -108,6 +119,7 @@ class Candidate:
             "microbatch": self.microbatch,
             "parts": self.parts,
             "step_time_s": self.step_time_s,
+            "compiled_step_time_s": self.compiled_step_time_s,
             "mfu": self.mfu,
             "memory_per_device_bytes": self.memory_per_device_bytes,
             "compiled_memory_per_device_bytes": self.compiled_bytes,
@@ -266,6 +278,7 @@ def price_mesh(
                 memory,
                 chip.hbm_bytes,
                 breakdown,
+                pricer,
             )
 
 

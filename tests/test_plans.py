@@ -198,6 +198,7 @@ def test_the_best_plan_is_compiled_for_devices_that_are_not_here(capsys, tmp_pat
     assert other["compiled_memory_per_device_bytes"] is None
     compiled = {kind: each["compiled_bytes"] for kind, each in best["collectives"].items()}
     assert sum(compiled.values()) > 0
+    assert 0 < best["compiled_step_time_s"] < 2 * best["step_time_s"]
 
 
 def test_no_executable_is_written_and_the_command_fails_where_no_plan_fits(capsys, monkeypatch, tmp_path):

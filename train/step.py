@@ -106,7 +106,7 @@ def arranged(module: nnx.Module, part: Batch) -> tuple[Int[Array, "B T"], Packed
     order_of = getattr(module, "token_order", None)
     order = "contiguous" if order_of is None else order_of(part.tokens.shape[1] - 1)
     inputs = part.tokens[:, :-1], part.segment_ids[:, :-1], part.positions[:, :-1]
-    arrays = (*inputs, next_tokens(part.tokens, part.segment_ids))
+    arrays: tuple[Any, ...] = (*inputs, next_tokens(part.tokens, part.segment_ids))
     if order == "zigzag":
         ways = jax.sharding.get_abstract_mesh().shape["context"]
         arrays = tuple(to_zigzag(x, ways) for x in arrays)

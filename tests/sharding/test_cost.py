@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 
 from meshloom.core.hardware import chip_named
+from meshloom.core.program_report import Collective
 from meshloom.core.topology import Level, network, parse_devices
 from meshloom.sharding.collectives import Span, axis_spans, seconds
 from meshloom.sharding.cost import OVERLAP, Pricer, split_of
@@ -90,6 +91,21 @@ def test_ring_times_are_those_of_the_formulas():
     assert seconds("all_reduce", 800.0, ()) == 0
     assert seconds("collective_permute", 800.0, ring) == 800 / 100 + 0.5
     assert seconds("collective_permute", 800.0, (Span("ici", 4, 100.0, 0.5),)) == 2 * 800 / 100 + 0.5
+
+
+def test_a_compiled_program_is_priced_by_the_collectives_that_it_has():
+    devices = parse_devices("h100:2x8")
+    pricer = Pricer(chip_named("h100"), devices, {"fsdp": 2, "tensor": 8}, "bfloat16")
+    found = [
+        Collective("all_gather", ("fsdp",), 4.0, 4e6, 2e6),
+        Collective("all_reduce", ("fsdp", "tensor"), 2.0, 2e6, 2e6),
+        Collective("all_reduce", (), 3.0, 1.0, 0.0),
+    ]
+    gathers, sums = pricer.of_program(found)
+    assert gathers == pricer.collective("all_gather", "fsdp", "weights", 1e6, 4)
+    spans = axis_spans(devices, network(devices), {"fsdp": 16}, "fsdp")
+    assert (sums.axis, sums.purpose, sums.level) == ("fsdp+tensor", "partial sums", "network")
+    assert sums.seconds == 2 * seconds("all_reduce", 1e6, spans)
 
 
 def test_only_a_share_crosses_the_slow_level():

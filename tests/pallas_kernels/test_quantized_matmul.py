@@ -153,11 +153,11 @@ def test_formats_that_do_not_go_together_are_named():
         quantized_matmul(normal(1, 16), quantize(normal(2, 4, 16)))
 
 
-def test_int4_weights_keep_float_rows_on_tpus_and_16_bits_elsewhere():
+def test_integer_weights_keep_float_rows_on_tpus_and_16_bits_elsewhere():
     x, w = normal(1, 32), quantize(normal(4, 32), "int4_32")
     assert MatmulSpec.of(x, w, None, Target("tpu")).activations == "float"
     assert MatmulSpec.of(x, w, None, Target("cpu")).activations == "int16"
-    assert MatmulSpec.of(x, quantize(normal(4, 32)), None, Target("tpu")).activations == "int16"
+    assert MatmulSpec.of(x, quantize(normal(4, 32)), None, Target("tpu")).activations == "float"
 
 
 def test_sums_that_could_overflow_are_left_to_the_reference():

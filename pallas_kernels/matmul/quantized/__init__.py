@@ -45,8 +45,8 @@ def quantized_matmul(
             integer weights; "fp8" with float8 weights, its scales as far along a row as theirs; "mxfp4" and "nvfp4"
             with weights of that format. int16 loses next to nothing and takes up to twice as long as int8, whose loss
             shows where a row has outliers: on SmolLM2 the mean KL divergence from the float32 model is 0.005 with int16
-            and 0.015 with int8 (benchmarks/int8_weights.py). None is "int16" with integer weights, except int4 weights
-            on TPUs and GPUs, and "float" with all others.
+            and 0.015 with int8 (benchmarks/int8_weights.py). None is "int16" with integer weights on a CPU, whose
+            bfloat16 products of few rows are slow, and "float" otherwise.
         out_dtype: of the result; None is that of x.
         implementation: by name, for tests and benches; None chooses.
     Sources: Dettmers et al. 2022, LLM.int8(), section 2.1 (a scale per row of x and per row of w); DeepSeek-V3 report

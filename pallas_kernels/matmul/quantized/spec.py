@@ -68,7 +68,7 @@ class MatmulSpec:
         if choices is None:
             raise MeshloomError(f"quantized_matmul: values in {values} with scales in {w.scales.dtype} are no format")
         if activations is None:
-            activations = "float" if values == "int4" and target.platform in ("tpu", "gpu", "cuda") else choices[0]
+            activations = "float" if target.platform in ("tpu", "gpu", "cuda") else choices[0]
         if activations not in choices:
             raise MeshloomError(
                 f"quantized_matmul: rows in {activations!r} do not go with weights in {values} whose scales are "

@@ -58,10 +58,10 @@ def _comparison(target: str, folder: pathlib.Path) -> tuple[int, Iterator[Any]]:
         if (missing := compiler_missing(devices)) is not None:
             raise ConfigError(missing)
         dump_bundles(folder)  # before anything below loads the compiler
-    from meshloom.pallas_kernels import bench, bench_products
+    from meshloom.pallas_kernels import bench, bench_cpu, bench_products
 
     if target == "cpu":
-        return bench.CPU_ROWS, bench.attention_on_cpu()
+        return bench_cpu.CPU_ROWS, bench_cpu.kernels_on_cpu()
     found = itertools.chain(bench.attention_on_tpu(devices, folder), bench_products.products_on_tpu(devices, folder))
     return bench.TPU_ROWS + bench_products.PRODUCT_ROWS, found
 

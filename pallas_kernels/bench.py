@@ -1,12 +1,10 @@
-"""The kernels against those that people use today, in one run: schedules on TPUs, seconds on a CPU.
+"""The TPU kernels against those that people use today, in one run, by the compiler's schedules.
 
-A TPU's figures come from the compiler's schedules and need no TPU: bundles are cycles unless something waits. What the
-estimate does not see is said in docs/kernels.md.
+No TPU is needed: bundles are cycles unless something waits. What the estimate does not see is said in docs/kernels.md.
 """
 
 import dataclasses
 import pathlib
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,8 +32,8 @@ PUSH_CYCLES = 4
 # Block sizes (queries, keys, keys at a time) in which splash attention was fastest here, and whether its backward pass
 # is one kernel or two.
 SPLASH = (((1024, 1024, 512), False), ((1024, 1024, 512), True), ((1024, 1024, 1024), False))
-# Rows that each of the two comparisons makes.
-TPU_ROWS, CPU_ROWS = 2 + sum(1 if fused else 2 for _, fused in SPLASH), 4
+# Rows that the comparison makes.
+TPU_ROWS = 2 + sum(1 if fused else 2 for _, fused in SPLASH)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,16 +55,6 @@ class KernelFigures:
     peak_share: float | None
     cycles: float
     spills: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Seconds:
-    """One way to compute an op on this CPU: the best of several runs, and the peer's time over it."""
-
-    op: str
-    kernel: str
-    seconds: float
-    times_peer: float
 
 
 def attention_on_tpu(devices: Devices, folder: pathlib.Path) -> Iterator[KernelFigures]:
@@ -162,27 +150,3 @@ def _figures(
 def cycles_of(region: Region) -> int:
     """Bundles of a region, or what the matrix unit takes for its products if that is longer."""
     return max(region.bundles, PUSH_CYCLES * region.matmuls.get("bf16", 0))
-
-
-def attention_on_cpu(tokens: int = 2048) -> Iterator[Seconds]:
-    """Causal attention forward and backward on this CPU, 8 heads of 64: ours beside `jax.nn.dot_product_attention`."""
-    for dtype in ("float32", "bfloat16"):
-        rng = np.random.default_rng(0)
-        q, k, v = (jnp.asarray(rng.normal(size=(1, tokens, 8, 64)), dtype) for _ in range(3))
-        peer = _best(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True), q, k, v)
-        ours = _best(lambda q, k, v: attention(q, k, v, mask=Mask()), q, k, v)
-        op = f"attention forward and backward, {tokens} tokens, {dtype}"
-        yield Seconds(op, "jax.nn.dot_product_attention", peer, 1.0)
-        yield Seconds(op, "meshloom chunked", ours, peer / ours)
-
-
-def _best(function: Callable[..., Any], *arguments: Any, runs: int = 5) -> float:
-    """Seconds of the best of several runs of its gradient, after one that compiles."""
-    gradient = jax.jit(jax.grad(lambda *x: _sum(function(*x)), argnums=(0, 1, 2)))
-    jax.block_until_ready(gradient(*arguments))
-    seconds = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        jax.block_until_ready(gradient(*arguments))
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)

@@ -1,5 +1,6 @@
 """The kernel bench compares like with like."""
 
+import functools
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 from meshloom import cli
 from meshloom.core.bundles import Region
 from meshloom.kernel_bench import bench_kernels
-from meshloom.pallas_kernels import bench, bench_products
+from meshloom.pallas_kernels import bench, bench_cpu, bench_products
 from meshloom.pallas_kernels.attention.visits import Blocks
 from meshloom.pallas_kernels.matmul.quantized import blocks as quantized
 from meshloom.pallas_kernels.matmul.quantized.spec import MatmulSpec
@@ -52,11 +53,16 @@ def test_our_visits_are_the_pairs_on_and_below_the_diagonal():
     assert bench._visits(Blocks(4096, 4096, 1024, 1024), by=1) == [4, 0, 6]
 
 
-def test_the_cpu_is_timed_beside_jaxs_own_attention(monkeypatch, capsys):
-    monkeypatch.setattr(bench.attention_on_cpu, "__defaults__", (64,))
-    result = bench_kernels(cli.BenchKernels(target="cpu"))
-    assert [row["kernel"] for row in result["kernels"]] == ["jax.nn.dot_product_attention", "meshloom chunked"] * 2
-    assert all(row["seconds"] > 0 for row in result["kernels"])
+def test_the_cpu_is_timed_beside_xla(monkeypatch, capsys):
+    small = functools.partial(bench_cpu.kernels_on_cpu, tokens=64, size=64, rows=32)
+    monkeypatch.setattr(bench_cpu, "kernels_on_cpu", small)
+    rows = bench_kernels(cli.BenchKernels(target="cpu"))["kernels"]
+    assert len(rows) == bench_cpu.CPU_ROWS
+    assert [row["kernel"] for row in rows[:2]] == ["jax.nn.dot_product_attention", "meshloom chunked"]
+    assert [row["kernel"] for row in rows[4:6]] == ["XLA, float32", "meshloom int8 by int8"]
+    for row in rows:
+        (peer,) = {each["seconds"] for each in rows if each["op"] == row["op"] and each["times_peer"] == 1.0}
+        assert row["times_peer"] == peer / row["seconds"] > 0
     assert "times the peer" in capsys.readouterr().out
 
 

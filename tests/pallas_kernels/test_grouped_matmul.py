@@ -143,7 +143,7 @@ def test_a_call_repeats_bit_by_bit(kernel):
         np.testing.assert_array_equal(one, two)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(sizes=st.lists(st.integers(0, 40), min_size=4, max_size=4), transposed=st.booleans())
 def test_any_group_sizes(sizes, transposed):
     case = GroupedCase("any", tuple(sizes), rows=140, contracted=8, columns=16, transposed=transposed)
@@ -170,7 +170,7 @@ PRODUCTS = {name: _compiled(kernel) for name, kernel in KERNELS.items()}
 planned = jax.jit(visits, static_argnums=(1, 2), static_argnames="groups_all")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 300), min_size=5, max_size=5),
     shape=st.sampled_from([(1, 8), (20, 8), (700, 128)]),

@@ -99,7 +99,7 @@ def compiled_kernel():
 
 
 @pytest.mark.usefixtures("interpreted")
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_lengths(data):
     """One program for all mixes of decode, prefill and padding sequences over up to 192 keys."""

@@ -70,7 +70,7 @@ def compiled(window: int | None):
     return part, jax.jit(functools.partial(paged_attention, window=window, implementation="reference"))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(parts=st.integers(2, 4), seed=st.integers(0, 99), window=st.sampled_from([None, 11]))
 def test_any_split_of_the_pages_merges_into_the_whole(parts, seed, window):
     (q, k, v, pages, ragged), held = split(CASE, owners(CASE, parts, seed), parts)

@@ -121,6 +121,7 @@ class Plan(Model):
             --batch-tokens, None searches all meshes.
         explain: name of a parameter, a line as in decoder.py:88, or named scopes as in layers/attention; prints why it
             lies as it does, what that moves between devices, and what the runner-up would.
+        picture: PNG, SVG or PDF to write, with one layer's weights as the layout cuts them and what moves between them.
         strict: refuse a layout under which the forward pass moves arrays that no rule intends to move.
         batch_tokens: tokens of one training step over all devices; asks for a training plan.
         sequence_length: tokens per row of a training plan; None is 4096, or the model's context if that is shorter.
@@ -148,6 +149,7 @@ class Plan(Model):
     devices: str = "local"
     mesh: str | None = None
     explain: str | None = None
+    picture: pathlib.Path | None = None
     strict: bool = False
     batch_tokens: int | None = None
     sequence_length: int | None = None

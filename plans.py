@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 _ALWAYS = ("model", "config", "json")
 # Kind of plan -> the flags that it takes.
 _FLAGS: Mapping[str, tuple[str, ...]] = {
-    "layout": ("devices", "mesh", "explain", "strict"),
+    "layout": ("devices", "mesh", "explain", "picture", "strict"),
     "training plan": (
         *("devices", "mesh", "batch_tokens", "sequence_length", "remat", "parts"),
         *("candidates", "compile", "explain_cost", "kernels", "chart", "out", "executable", "train_config"),
@@ -95,6 +95,8 @@ def _refuse_others(command: cli.Plan, kind: str) -> None:
 
 def _layout(command: cli.Plan) -> dict[str, Any]:
     inputs: tuple[Any, ...]
+    if command.picture is not None:
+        check_chart(command.picture, "picture")
     count = parse_devices(command.devices).count or len(jax.devices())
     mesh = abstract_mesh(command.mesh or default_axes(command.model, count), count)
     # Stacked, equal layers are one row of the table, and tracing does not grow with depth.
@@ -107,8 +109,17 @@ def _layout(command: cli.Plan) -> dict[str, Any]:
     layout = derive(module, mesh, *inputs)
     if command.strict:
         strict(trace(module, inputs), layout)
-    if command.explain is not None:
-        return _explanation(command, layout, flow(trace(module, inputs), layout), inputs)
+    result: dict[str, Any] = {"model": command.model, "mesh": dict(mesh.shape)}
+    moves = flow(trace(module, inputs), layout) if command.explain is not None or command.picture is not None else None
+    if moves is not None and command.picture is not None:
+        from meshloom.sharding.picture import save_picture  # draws, and imports matplotlib for it
+
+        title = f"{command.model} on {command.devices}, {mesh_text(mesh.shape) or 'one device'}"
+        save_picture(moves, command.picture, title)
+        result["picture"] = str(command.picture)
+        print(f"wrote {command.picture}", file=sys.stderr)
+    if moves is not None and command.explain is not None:
+        return result | _explanation(command, layout, moves, inputs)
     if not command.json:
         # A pipe has no width: wide enough for the longest names, so that a row stays a line.
         Console(width=None if sys.stdout.isatty() else 180).print(table(layout))
@@ -126,9 +137,7 @@ def _layout(command: cli.Plan) -> dict[str, Any]:
     ]
     for warning in layout.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    return {
-        "model": command.model,
-        "mesh": dict(mesh.shape),
+    return result | {
         "bytes_per_device": layout.bytes_per_device,
         "parameters": parameters,
         "warnings": list(layout.warnings),
@@ -144,7 +153,7 @@ def _explanation(command: cli.Plan, layout: Layout, moves: Flow, inputs: tuple[A
     if not command.json:
         print(text)
         print(f"(forward pass over {' x '.join(map(str, inputs[0].shape))} tokens)")
-    return {"model": command.model, "mesh": dict(layout.mesh.shape), "name": name, "explanation": text}
+    return {"name": name, "explanation": text}
 
 
 def _training(command: cli.Plan, batch_tokens: int) -> dict[str, Any]:

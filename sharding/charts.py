@@ -131,8 +131,8 @@ def purchase_table(purchase: Purchase, request_mix: Sequence[RequestKind], *, mo
     return table
 
 
-def check_chart(path: pathlib.Path) -> None:
-    """Refuses what cannot become a picture, before minutes of work go into it.
+def check_chart(path: pathlib.Path, what: str = "chart") -> None:
+    """Refuses what cannot become a picture, before minutes of work go into it; `what` it is, for the message.
 
     Raises:
         ConfigError: the folder does not exist or cannot be written to, or the suffix is of no picture format.
@@ -142,10 +142,10 @@ def check_chart(path: pathlib.Path) -> None:
     formats = FigureCanvasAgg.filetypes
     if path.suffix.lstrip(".").lower() not in formats:
         raise ConfigError(
-            f"cannot write the chart to {path}: end it in .png, or in one of {', '.join(sorted(formats))}"
+            f"cannot write the {what} to {path}: end it in .png, or in one of {', '.join(sorted(formats))}"
         )
     if not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"cannot write the chart to {path}: there is no folder {path.parent} to write to")
+        raise ConfigError(f"cannot write the {what} to {path}: there is no folder {path.parent} to write to")
 
 
 def save_chart(candidates: Sequence[Candidate], path: str | pathlib.Path) -> None:

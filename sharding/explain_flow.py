@@ -1,19 +1,25 @@
 """What one parameter or one activation costs in movement between devices, for people and as data.
 
 For a parameter: the collectives it causes, and what its split over each axis would cost on the dimension that comes
-next. For an activation: how it lies, and which operator made it so. All from a `Flow`, hence of the forward pass.
+next. For an activation: how it lies, which operator and which rule made it so, and what it would cost to have it whole.
+All from a `Flow`, hence of the forward pass.
 """
 
 import dataclasses
+import math
+from collections.abc import Iterator
 
 from meshloom.core.errors import ShardingError
-from meshloom.sharding.algebra import text
-from meshloom.sharding.classes import cuts
+from meshloom.sharding.algebra import Split, local_bytes, text
+from meshloom.sharding.classes import cuts, leaves
 from meshloom.sharding.explain import bytes_text, spec_text
 from meshloom.sharding.flow import Flow, flow
 from meshloom.sharding.layout import Choice, Row
 from meshloom.sharding.provenance import Conversion, source_of
+from meshloom.sharding.roles import Roles, infer
+from meshloom.sharding.submesh import axis_of, factored
 from meshloom.sharding.trace import Step
+from meshloom.sharding.values import Kind, Lookup, Product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +67,30 @@ class ParameterFlow:
         lines += [f"  {conversion_text(each)}" for each in self.conversions] or ["  moves nothing"]
         if self.conversions:
             lines.append(f"  {bytes_text(round(self.total_bytes))} on each device in a forward pass")
-        return "\n".join([*lines, *(f"  {each}" for each in self.runners_up)])
+        lines += [f"  {each}" for each in self.runners_up]
+        compared = {each.axis for each in self.runners_up}
+        split = [choice.axis for choice in self.row.choices if choice.axis is not None and choice.axis not in compared]
+        return "\n".join([*lines, *(f"  {axis}: no other dimension could take it" for axis in split)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """The alternative to one split of an activation: all of it on every device.
+
+    Attributes:
+        rule: why it is split, in words.
+        bytes: that one device would hold, the result of one all_gather.
+    """
+
+    axis: str
+    dimension: int
+    role: str
+    rule: str
+    bytes: float
+
+    def __str__(self) -> str:
+        instead = f"whole instead: an all_gather of {bytes_text(round(self.bytes))}"
+        return f"{self.axis} on dimension {self.dimension} ({self.role}) {self.rule}; {instead}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +102,15 @@ class ActivationFlow:
     placement: str
     operands: tuple[str, ...]
     conversions: tuple[Conversion, ...]
+    alternatives: tuple[Whole, ...]
     source: str
     scope: str
 
     def __str__(self) -> str:
         of = f" of {' and '.join(self.operands)}" if self.operands else ""
         first = f"{self.source}  {self.operator} {list(self.shape)}: {self.placement}, made by `{self.operator}`{of}"
-        return "\n".join([first, *(f"  {conversion_text(each)}" for each in self.conversions)])
+        moved = [conversion_text(each) for each in self.conversions]
+        return "\n".join([first, *(f"  {each}" for each in (*moved, *self.alternatives))])
 
 
 def conversion_text(conversion: Conversion) -> str:
@@ -104,7 +135,13 @@ def explain_flow(known: Flow, name: str) -> str:
         return str(parameter_flow(known, name))
     if found := activations(known, name):
         return "\n".join(map(str, found))
-    known.layout.row(name)  # raises, with the nearest names
+    scopes = (source_of(step.equation)[1] for step in known.program.steps if step.equation is not None)
+    outermost = sorted({scope.partition("/")[0] for scope in scopes})
+    named = [scope for scope in outermost if scope.isidentifier()]  # an einsum's subscripts are a scope too
+    try:
+        known.layout.row(name)
+    except ShardingError as error:
+        raise ShardingError(f"{error}; named scopes are {', '.join(named) or 'not in this module'}") from None
     raise ShardingError(f"nothing is known by the name {name!r}")
 
 
@@ -123,17 +160,18 @@ def parameter_flow(known: Flow, name: str) -> ParameterFlow:
 
 def activations(known: Flow, place: str) -> tuple[ActivationFlow, ...]:
     """Results of all operators at a line (`layers.py:40`, or more of its path) or within named scopes."""
-    found = []
+    found, roles = [], infer(known.program)
     for index, step in enumerate(known.program.steps):
-        if step.equation is None:
+        # What depends on no input, such as a table of angles, is whole everywhere.
+        if step.equation is None or step.outputs[0].kind != Kind.ACTIVATION:
             continue
         source, scope = source_of(step.equation)
         if source.endswith(place) or scope == place or scope.startswith(f"{place}/"):
-            found.append(_activation(known, index, step, source, scope))
+            found.append(_activation(known, roles, index, step, source, scope))
     return tuple(found)
 
 
-def _activation(known: Flow, index: int, step: Step, source: str, scope: str) -> ActivationFlow:
+def _activation(known: Flow, roles: Roles, index: int, step: Step, source: str, scope: str) -> ActivationFlow:
     value = step.outputs[0]
     return ActivationFlow(
         step.equation.primitive.name,
@@ -141,9 +179,28 @@ def _activation(known: Flow, index: int, step: Step, source: str, scope: str) ->
         text(known.placements[value]),
         tuple(text(known.placements[each]) for each in step.inputs),
         tuple(each for each in known.conversions if each.step == index or each.value is value),
+        # Most operators only hand a split on.
+        tuple(_alternatives(known, roles, step)) if isinstance(step.fact, Product | Lookup) else (),
         source,
         scope,
     )
+
+
+def _alternatives(known: Flow, roles: Roles, step: Step) -> Iterator[Whole]:
+    """For every split of a result, why it is there and what it would cost to have that dimension whole."""
+    value, placement = step.outputs[0], known.placements[step.outputs[0]]
+    mesh = {**known.layout.mesh.shape, **factored(known.layout.mesh.shape)}
+    size = step.equation.outvars[0].aval.dtype.itemsize * math.prod(dim.size for dim in value.dims)
+    held = local_bytes(placement, size, mesh)
+    for axis, state in placement.items():
+        if isinstance(state, Split):
+            leaf = next(iter(leaves(value.dims[state.dimension])), None)
+            role = "feature" if leaf is None else roles.by_leaf.get(leaf, "feature")
+            rule = _SPLIT_BY.get(axis_of(axis), "by the pair rule")
+            yield Whole(axis, state.dimension, role, rule, held * mesh[axis])
+
+
+_SPLIT_BY = {"data": "as the batch is", "fsdp": "as the batch is", "context": "as the tokens are"}
 
 
 def _runner_up(known: Flow, index: int, dimension: int) -> RunnerUp | None:

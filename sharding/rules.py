@@ -9,7 +9,7 @@ picked by expert are split over `expert`; a router is not, for its choice needs 
 
 **Store rule.** Of the dimensions left the largest that divides is split over `fsdp` and gathered where it is used. The
 vocabulary yields to the residual: rows of it that are split tempt XLA to gather activations instead, and the gradient
-of the table is then summed whole (Llama-3-8B on 64 v5e: 11.0 GiB against 9.1). Vectors stay replicated: a gather costs
+of the table is then summed whole; and columns are what `lookup.py` looks up. Vectors stay replicated: a gather costs
 more time than their bytes are worth. A vector has one dimension besides the stack, or it is spread over several: it is
 only ever added or multiplied element by element, and one weight produces all of its dimensions, as the bias `[N, H]` of
 a projection to `N` heads. A table of positions `[T, D]` is none, for no weight produces its rows. A stack of layers is

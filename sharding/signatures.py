@@ -147,7 +147,7 @@ def _unstacked(step: Step) -> Iterator[Signature]:
 
 
 def _reduce(step: Step, axes: str = "axes", *, is_sum: bool = False) -> Iterator[Signature]:
-    dropped = step.equation.params[axes]
+    dropped = tuple(int(axis) for axis in step.equation.params[axes])  # Flax leaves NumPy integers there
     for before, after in _kept(step, dropped).items():
         yield _signature(step, [(0, before)], [after])
     for axis in map(int, dropped):
@@ -293,7 +293,7 @@ _RULES: dict[str, _Rule] = {
     ),
     "squeeze": functools.partial(_turned, lambda step: _kept(step, step.equation.params["dimensions"])),
     "broadcast_in_dim": functools.partial(
-        _moved, lambda step: dict(enumerate(step.equation.params["broadcast_dimensions"]))
+        _moved, lambda step: dict(enumerate(map(int, step.equation.params["broadcast_dimensions"])))
     ),
     "stack": _stacked,
     "unstack": _unstacked,

@@ -251,9 +251,22 @@ def test_an_activation_is_explained_by_line_and_by_scope():
     assert "made by `dot_general` of" in explain_flow(said, products[0].source)
 
 
+def test_a_split_of_an_activation_has_its_rule_and_its_runner_up():
+    said = flow_of(decoder(SCANNED), TOKENS, fsdp=4, tensor=2)
+    up = next(each for each in activations(said, "mlp") if each.operator == "dot_general")
+    whole = 4 * math.prod(up.shape)
+    assert [(each.axis, each.dimension, each.role, each.rule, each.bytes) for each in up.alternatives] == [
+        ("fsdp", 0, "batch", "as the batch is", whole / 2),
+        ("tensor", 2, "inner", "by the pair rule", whole / 4),
+    ]
+    assert "tensor on dimension 2 (inner) by the pair rule; whole instead: an all_gather of 8 KiB" in str(up)
+
+
 def test_an_unknown_name_is_answered_with_the_nearest():
     with pytest.raises(ShardingError, match=r"no parameter is named 'dwon'; nearest are down"):
         explain_flow(flow_of(modules.MLP, HIDDEN, fsdp=4), "dwon")
+    with pytest.raises(ShardingError, match="named scopes are attention, mlp"):
+        explain_flow(flow_of(decoder(SCANNED), TOKENS, fsdp=4), "moe")
 
 
 # -- large models --

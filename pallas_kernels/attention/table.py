@@ -4,7 +4,15 @@ import functools
 
 import jax
 
-from meshloom.pallas_kernels.attention import chunked, mosaic_tpu, mosaic_tpu_backward, reference, spread
+from meshloom.pallas_kernels.attention import (
+    chunked,
+    mosaic_gpu,
+    mosaic_gpu_backward,
+    mosaic_tpu,
+    mosaic_tpu_backward,
+    reference,
+    spread,
+)
 from meshloom.pallas_kernels.attention.kernel import Kernel, Scoring, row_products, sinks_gradient, with_sinks
 from meshloom.pallas_kernels.attention.spec import Mask
 from meshloom.pallas_kernels.dispatch import Implementation
@@ -14,6 +22,11 @@ ATTENTION = (
         "mosaic_tpu",
         Kernel(mosaic_tpu.forward, mosaic_tpu_backward.backward, by_xla=False),
         lambda spec, target: mosaic_tpu.why_not(spec, target) or mosaic_tpu_backward.why_not(spread.of_a_device(spec)),
+    ),
+    Implementation(
+        "mosaic_gpu",
+        Kernel(mosaic_gpu.forward, mosaic_gpu_backward.backward, by_xla=False),
+        mosaic_gpu.why_not,
     ),
     Implementation("chunked", Kernel(chunked.forward, chunked.backward), lambda spec, target: None),
     Implementation("reference", Kernel(reference.forward, reference.backward), lambda spec, target: None),

@@ -92,7 +92,7 @@ def backward(
     call = _Call(bare, scoring, q.shape[1], k.shape[1], group, q.dtype, jnp.dtype(dtype))
     rows = [jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % BLOCK))) for x in (lse * LOG2_E, delta)]
     arrays = [jnp.pad(x, ((0, 0), (0, -x.shape[1] % TOKENS), (0, 0), (0, 0))) for x in (q, d_out.astype(q.dtype), k, v)]
-    ids = []
+    ids: list[Any] = []
     if mask.q_segments is not None:
         both = (mask.q_segments, mask.kv_segments)
         ids = [jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK)), constant_values=-1) for x in both]
@@ -103,8 +103,8 @@ def backward(
             return []
         return [Reach.table(mask, call.q_total, call.kv_total, *sizes, q.shape[0], by=by), *ids]
 
-    dq = _of_queries(call, *arrays, *rows, facts=facts(0))
-    dk, dv = _of_keys(call, *arrays, *rows, facts=facts(1))
+    dq = _of_queries(call, (*arrays, *rows), facts(0))
+    dk, dv = _of_keys(call, (*arrays, *rows), facts(1))
     return dq[:, : call.q_total], dk[:, : call.kv_total], dv[:, : call.kv_total], None
 
 
@@ -139,7 +139,8 @@ def _launch(body: Any, call: _Call, outputs: list[Any], own: dict[str, int], rea
     )
 
 
-def _of_queries(call: _Call, q, d_out, k, v, lse, delta, facts):
+def _of_queries(call: _Call, given: tuple[Any, ...], facts: list[Any]) -> Any:
+    q, _, _, v, *_ = given
     head_dim, value_dim = q.shape[3], v.shape[3]
     run = _launch(
         _backward_of_queries,
@@ -149,10 +150,11 @@ def _of_queries(call: _Call, q, d_out, k, v, lse, delta, facts):
         {"k_mem": (head_dim,), "v_mem": (value_dim,)},
         (q.shape[2], -(-call.q_total // BLOCK), q.shape[0]),
     )
-    return run(q, d_out, k, v, lse, delta, *facts)[0]
+    return run(*given, *facts)[0]
 
 
-def _of_keys(call: _Call, q, d_out, k, v, lse, delta, facts):
+def _of_keys(call: _Call, given: tuple[Any, ...], facts: list[Any]) -> Any:
+    q, _, k, v, *_ = given
     head_dim, value_dim = q.shape[3], v.shape[3]
     run = _launch(
         _backward_of_keys,
@@ -162,7 +164,7 @@ def _of_keys(call: _Call, q, d_out, k, v, lse, delta, facts):
         {"q_mem": (head_dim,), "d_out_mem": (value_dim,), "lse_mem": (), "delta_mem": ()},
         (k.shape[2], -(-call.kv_total // BLOCK), k.shape[0]),
     )
-    return run(q, d_out, k, v, lse, delta, *facts)
+    return run(*given, *facts)
 
 
 def _place(call: _Call, facts: Any, alone: Callable[[Any], Reach]) -> Any:

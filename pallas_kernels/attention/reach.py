@@ -41,7 +41,9 @@ class Reach:
             return jnp.maximum(tokens, 0) // block_kv
 
         last = first + block_q - 1
-        start, whole_start, whole_stop, stop = 0, 0, length, length
+        start: Any = 0
+        whole_start: Any = 0
+        whole_stop, stop = length, length
         if mask.causal:
             whole_stop, stop = jnp.minimum(length, first + 1), jnp.minimum(length, last + 1)
         if mask.window is not None:
@@ -60,7 +62,10 @@ class Reach:
             return jnp.maximum(tokens, 0) // block_q
 
         last_key = first_key + block_kv - 1
-        start, whole_start, whole_stop, stop = 0, 0, q_total + block_q, q_total
+        start: Any = 0
+        whole_start: Any = 0
+        whole_stop: Any = q_total + block_q
+        stop: Any = q_total
         if mask.causal:
             start, whole_start = first_key - first, last_key - first
         if mask.window is not None:

@@ -122,7 +122,8 @@ class Plan(Model):
         explain: name of a parameter, a line as in decoder.py:88, or named scopes as in layers/attention; prints why it
             lies as it does, what that moves between devices, and what the runner-up would.
         picture: PNG, SVG or PDF to write, with one layer's weights as the layout cuts them and what moves between them.
-        strict: refuse a layout under which the forward pass moves arrays that no rule intends to move.
+        strict: refuse a layout under which the forward pass moves arrays that no rule intends to move, or to which JAX
+            cannot give explicit sharding types.
         batch_tokens: tokens of one training step over all devices; asks for a training plan.
         sequence_length: tokens per row of a training plan; None is 4096, or the model's context if that is shorter.
         remat: what the backward pass of a training plan recomputes; None searches all policies.

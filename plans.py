@@ -33,6 +33,7 @@ from meshloom.sharding.charts import (
 )
 from meshloom.sharding.explain import spec_text
 from meshloom.sharding.explain_flow import explain_flow
+from meshloom.sharding.explicit import check
 from meshloom.sharding.flow import Flow, flow, strict
 from meshloom.sharding.plan_file import check_plan_path, write_plan
 from meshloom.sharding.planner import Candidate, plan_training
@@ -107,9 +108,12 @@ def _layout(command: cli.Plan) -> dict[str, Any]:
     else:
         inputs = cast(Any, module).example_inputs()
     layout = derive(module, mesh, *inputs)
+    result: dict[str, Any] = {"model": command.model, "mesh": dict(mesh.shape)}
     if command.strict:
         strict(trace(module, inputs), layout)
-    result: dict[str, Any] = {"model": command.model, "mesh": dict(mesh.shape)}
+        typed = check(module, layout, inputs)
+        result["strict"] = {"typed": typed.typed, "trusted": dict(typed.trusted)}
+        print(f"strict: {typed}", file=sys.stderr)
     moves = flow(trace(module, inputs), layout) if command.explain is not None or command.picture is not None else None
     if moves is not None and command.picture is not None:
         from meshloom.sharding.picture import save_picture  # draws, and imports matplotlib for it

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from meshloom.models.config import Activation, DecoderConfig, LayerSpec, MoEConfig, RopeConfig
 from meshloom.models.sequence import Layout, attend, capacity_of, positions_of
-from meshloom.pallas_kernels import KVPages, grouped_matmul, matmul
+from meshloom.pallas_kernels import KVPages, matmul, routed_experts, top_experts
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -177,13 +177,9 @@ class ExpertWeights(nnx.Module):
     def __init__(self, n_experts: int, d_in: int, d_out: int, *, scale: float, rngs: nnx.Rngs, dtype):
         self.weight = normal_param(rngs, (n_experts, d_out, d_in), scale, dtype)
 
-    def __call__(self, x: Float[Array, "rows I"], group_sizes: Int[Array, "E"]) -> Float[Array, "rows O"]:
-        """Rows sorted by expert, `group_sizes[e]` of them for expert e."""
-        return grouped_matmul(x, self.weight.get_value(), group_sizes, transposed=True)
-
 
 class MoE(nnx.Module):
-    """Top-k routed gated experts without capacity limits: rows are sorted by expert and multiplied group by group.
+    """Top-k routed gated experts without capacity limits.
 
     No row is dropped, so the output of a token does not depend on its neighbours (Gale et al. 2022, MegaBlocks).
     """
@@ -201,16 +197,9 @@ class MoE(nnx.Module):
 
     @jax.named_scope("moe")
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        x_RD = x.reshape(-1, x.shape[-1])
-        rows, top_k = x_RD.shape[0], self.moe.top_k
-        probabilities = jax.nn.softmax(self.router(x_RD).astype(jnp.float32), axis=-1)
-        weights, chosen = jax.lax.top_k(probabilities, top_k)
+        probabilities = jax.nn.softmax(self.router(x).astype(jnp.float32), axis=-1)
+        weights, chosen = top_experts(probabilities, self.moe.top_k)
         if self.moe.normalize:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        expert = chosen.reshape(-1)
-        order = jnp.argsort(expert, stable=True)
-        group_sizes = jnp.bincount(expert, length=self.moe.n_experts).astype(jnp.int32)
-        sorted_x = x_RD[order // top_k]
-        inner = ACTIVATIONS[self.activation](self.gate(sorted_x, group_sizes)) * self.up(sorted_x, group_sizes)
-        y = self.down(inner, group_sizes)[jnp.argsort(order)].reshape(rows, top_k, -1)
-        return jnp.einsum("rkd,rk->rd", y, weights.astype(x.dtype)).reshape(x.shape)
+        matrices = (each.weight.get_value() for each in (self.gate, self.up, self.down))
+        return routed_experts(x, weights, chosen, *matrices, activation=ACTIVATIONS[self.activation])

@@ -5,7 +5,7 @@ from meshloom.pallas_kernels.attention.context import ring_attention, ulysses_at
 from meshloom.pallas_kernels.cross_entropy import linear_cross_entropy
 from meshloom.pallas_kernels.matmul import QArray, matmul, quantize, quantized_matmul
 from meshloom.pallas_kernels.matmul.collective import all_gather_matmul, matmul_reduce_scatter
-from meshloom.pallas_kernels.matmul.expert_parallel import expert_parallel
+from meshloom.pallas_kernels.matmul.experts import expert_parallel, routed_experts, top_experts
 from meshloom.pallas_kernels.matmul.grouped import grouped_matmul
 from meshloom.pallas_kernels.matmul.lora import LoraPages, lora_matmul
 from meshloom.pallas_kernels.matmul.quantized.mixed import MixedWeight, mixed_matmul, quantize_mixed
@@ -33,5 +33,7 @@ __all__ = [
     "quantized_matmul",
     "quantized_training_matmul",
     "ring_attention",
+    "routed_experts",
+    "top_experts",
     "ulysses_attention",
 ]

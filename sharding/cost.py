@@ -176,8 +176,8 @@ class Pricer:
         found = []
         for each in work.reductions:
             amount = split.share(each.bytes, each.kept) * rows / work.rows
-            for axis in split.over(each.over):
-                found.append(self.collective("all_reduce", axis, "partial sums", amount, each.trips * parts))
+            if axes := split.over(each.over):
+                found.append(self.collective("all_reduce", tuple(axes), "partial sums", amount, each.trips * parts))
         return found
 
     def rings(
@@ -199,24 +199,31 @@ class Pricer:
         return found
 
     def collective(
-        self, kind: Kind, axis: str, purpose: Purpose, result: float | int, count: float | int
+        self, kind: Kind, axes: str | tuple[str, ...], purpose: Purpose, result: float | int, count: float | int
     ) -> CollectiveCost:
-        """`count` collectives with `result` bytes each."""
-        spans: Sequence[Span] = self._spans.get(axis, ())
+        """`count` collectives with `result` bytes each, over one axis or several at once."""
+        axes = (axes,) if isinstance(axes, str) else tuple(axis for axis in self.mesh if axis in axes)
+        spans = self._spans_of(axes)
         time = count * collectives.seconds(kind, result, spans)
-        return CollectiveCost(kind, axis, purpose, count, count * result, time, spans[-1].level if spans else "none")
+        return CollectiveCost(
+            kind, "+".join(axes), purpose, count, count * result, time, spans[-1].level if spans else "none"
+        )
 
     def of_program(self, found: Sequence[Collective]) -> list[CollectiveCost]:
         """Collectives as the compiler has them, which may be of other kinds and over several axes at once."""
         costs = []
         for each in found:
-            spans = [span for axis in reversed(each.axes) for span in self._spans.get(axis, ())]
+            spans = self._spans_of(each.axes)
             if spans and each.count:
                 kind = cast(Kind, each.kind)
                 time = each.count * collectives.seconds(kind, each.bytes / each.count, spans)
                 told = kind, "+".join(each.axes), _purpose(each), each.count, each.bytes, time, spans[-1].level
                 costs.append(CollectiveCost(*told))
         return costs
+
+    def _spans_of(self, axes: Sequence[str]) -> Sequence[Span]:
+        """Of axes in the order of the mesh, whose last one lies over neighbours."""
+        return [span for axis in reversed(axes) for span in self._spans.get(axis, ())]
 
     def weights_and_gradients(
         self, rows: Sequence[Row], parts: int, reductions: int, tables: Collection[int] = (), tokens: float | int = 0

@@ -123,6 +123,11 @@ class Provenance:
                 return Origin("silent", "rows are picked from a split dimension of an activation", weights, *place)
         return Origin("reduction", "a reduction over a split dimension", weights, *place)
 
+    def of_region(self, step: Step, weights: frozenset[int]) -> Origin:
+        """Of the sum that ends what every device does by itself with its part of these weights."""
+        reason = f"each device adds what its own part of {self._names(weights)} makes"
+        return Origin("pair", reason, weights, *self._place(step, step.outputs[0]))
+
     def of_lookup(self, step: Step) -> Origin:
         """Of ids and rows on their way to and from the columns of a table."""
         table = step.inputs[0]

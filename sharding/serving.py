@@ -1,9 +1,9 @@
 """How a model is best served on given devices: mesh, batch, KV dtype and weight dtype for given target times.
 
-A prompt is computed by one replica alone; decoding reads all weights and the cached keys and values once per step, for
-as many sequences as run together. Prompts that arrive meanwhile are computed between steps, so that each answer's
-tokens also wait for its share of them. Weights are split over `tensor` (and `expert`) and never over `fsdp`: gathering
-them for every token would cost more than reading them.
+A prompt is computed by one replica alone; decoding reads all weights, but those of experts that no sequence wants, and
+the cached keys and values once per step, for as many sequences as run together. Prompts that arrive meanwhile are
+computed between steps, so that each answer's tokens also wait for its share of them. Weights are split over `tensor`
+(and `expert`) and never over `fsdp`: gathering them for every token would cost more than reading them.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from meshloom.sharding.cost import Breakdown, Memory, Pricer, Split, elements, s
 from meshloom.sharding.layout import Row
 from meshloom.sharding.planner import RESERVE, meshes
 from meshloom.sharding.rules import decide
+from meshloom.sharding.trace import Program
 from meshloom.sharding.training_step import in_dtype
 from meshloom.sharding.work import ROWS, Work, forward_work
 from meshloom.sharding.workload import ServeWorkload
@@ -146,6 +147,7 @@ def plan_serving(
     cache = jax.eval_shape(lambda: module.init_cache(1, 1, jnp.int8))
     cached = float(sum(leaf.size for leaf in jax.tree.leaves(cache)))  # elements per token
     experts = "expert" in roles.by_leaf.values()
+    wanted = _wanted(program)
     found: list[ServeCandidate] = []
     for mesh in meshes(devices.count, experts=experts):
         if mesh["fsdp"] > 1:
@@ -155,7 +157,7 @@ def plan_serving(
         if any(mesh.get(axis, 1) > 1 and axis not in used for axis in ("tensor", "expert")):
             continue
         local = cached / (mesh[kv_axis] if kv_axis else 1)
-        found += _price(work, rules, mesh, devices, chip, workload, local, kv_dtypes, weight_dtypes)
+        found += _price(work, rules, mesh, devices, chip, workload, local, wanted, kv_dtypes, weight_dtypes)
     if not any(each.fits for each in found):
         least = min((each.memory.total for each in found), default=0.0)
         raise ShardingError(
@@ -177,6 +179,7 @@ def _price(
     chip: Chip,
     workload: ServeWorkload,
     cached: float,
+    wanted: Mapping[int, float],
     kv_dtypes: Sequence[str],
     weight_dtypes: Sequence[str],
 ) -> Iterator[ServeCandidate]:
@@ -187,7 +190,8 @@ def _price(
     held = sum(elements(row) for row in rules)
     prefill = _prefill(pricer, work, split)
     for weight_dtype in weight_dtypes:
-        weights = held * np.dtype(jnp.dtype(weight_dtype)).itemsize
+        item = np.dtype(jnp.dtype(weight_dtype)).itemsize
+        weights = held * item
         for kv_dtype in kv_dtypes:
             per_token = cached * np.dtype(jnp.dtype(kv_dtype)).itemsize
             room = chip.hbm_bytes * (1 - RESERVE) - weights
@@ -196,7 +200,9 @@ def _price(
                 most = min(most, -(-workload.concurrency // replicas))
             for batch in _doublings(most):
                 context = workload.input_length + workload.output_length / 2
-                step = _decode(pricer, work, split, workload, batch, weights, batch * context * per_token)
+                idle = sum((1 - share) ** batch * elements(rules[index]) for index, share in wanted.items())
+                read = weights - idle * item
+                step = _decode(pricer, work, split, workload, batch, read, batch * context * per_token)
                 # Between two of its tokens an answer waits for one step and its share of the prompts of the batch.
                 tpot = step.step_s + batch * prefill.step_s / workload.output_length
                 rate = replicas * batch / tpot
@@ -221,6 +227,16 @@ def _price(
                     prefill,
                     workload.input_length,
                 )
+
+
+def _wanted(program: Program) -> dict[int, float]:
+    """Parameters of experts -> the share of them that one row chooses, as if each were as likely as the others."""
+    found: dict[int, float] = {}
+    for region in program.regions:
+        _, _, chosen, *matrices = region.inputs
+        for each in matrices:
+            found |= dict.fromkeys(each.parameters, chosen.dims[-1].size / each.dims[0].size)
+    return found
 
 
 def _prefill(pricer: Pricer, work: Work, split: Split) -> Breakdown:

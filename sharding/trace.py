@@ -17,7 +17,10 @@ from meshloom.sharding.classes import Dim, unify
 from meshloom.sharding.kernels import Blocks, window_of
 from meshloom.sharding.module import pure, untraceable
 from meshloom.sharding.operators import Operation, fresh, outcome
-from meshloom.sharding.values import Dims, Kind, Meeting, Source, Step, Value
+from meshloom.sharding.values import Dims, Kind, Meeting, Region, Source, Step, Value
+
+# Operations of `pallas_kernels` that spread themselves over a mesh, by the names of their bodies.
+_BY_THEMSELVES = ("routed_experts", "routed_experts_backward")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Program:
         parameters: in the order of `jax.tree.leaves` of the module's parameters; `treedef` rebuilds their tree.
         inputs, outputs: arrays that enter and leave.
         steps: in program order.
+        regions: of the steps, in program order; none is in another.
         stacks: leading dimensions of weights that a scan runs over.
         unknown: how often each primitive without a rule was met.
         jaxpr: what was read; it takes the leaves of the state and of the inputs.
@@ -49,6 +53,7 @@ class Program:
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     steps: tuple[Step, ...]
+    regions: tuple[Region, ...]
     stacks: tuple[Dim, ...]
     unknown: collections.Counter
     jaxpr: Any
@@ -92,6 +97,7 @@ def trace(
         entering,
         tuple(leaving),
         tuple(reader.steps),
+        tuple(reader.regions),
         tuple(reader.stacks),
         reader.unknown,
         jaxpr,
@@ -122,6 +128,7 @@ class _Reader:
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
+        self.regions: list[Region] = []
         self.stacks: list[Dim] = []
         self.unknown: collections.Counter = collections.Counter()
         self._control = {
@@ -153,6 +160,8 @@ class _Reader:
         name, params = equation.primitive.name, equation.params
         if "_prim" in params:  # all operations that are a class of their own are called `call_hi_primitive`
             name = type(params["_prim"]).__name__
+        if name == "jit" and params["name"] in _BY_THEMSELVES:
+            return self._region(equation, inputs)
         if name in self._control:
             return self._control[name](equation, inputs)
         shapes = tuple(getattr(var.aval, "shape", ()) for var in equation.outvars)
@@ -167,6 +176,12 @@ class _Reader:
         outputs = [_derived(each, inputs) for each in dims]
         self.steps.append(Step(tuple(inputs), tuple(outputs), fact, equation))
         return outputs
+
+    def _region(self, equation: Any, inputs: list[Value]) -> list[Value]:
+        first = len(self.steps)
+        results = self.run(equation.params["jaxpr"].jaxpr, inputs)
+        self.regions.append(Region(first, len(self.steps), tuple(inputs), tuple(results), equation))
+        return results
 
     def _loop(
         self, body: Any, constants: list[Value], initial: list[Value], sliced: list[Value]

@@ -78,3 +78,19 @@ class Step:
     outputs: tuple[Value, ...]
     fact: Fact | None = None
     equation: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """Steps [first, end) of a program that every device does by itself, on its own rows of the batch and its own part
+    of the weights, until one sum ends them: what `pallas_kernels` computes so over a mesh.
+
+    Attributes:
+        equation: the one whose body the steps are.
+    """
+
+    first: int
+    end: int
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    equation: Any

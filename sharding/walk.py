@@ -25,9 +25,10 @@ from meshloom.sharding.reshaping import reshaped
 from meshloom.sharding.signatures import Signature, signatures
 from meshloom.sharding.submesh import axis_of, factored
 from meshloom.sharding.trace import Program, Step
-from meshloom.sharding.values import Kind, Lookup, Meeting, Source, Value
+from meshloom.sharding.values import Kind, Lookup, Meeting, Region, Source, Value
 from meshloom.sharding.work import trips_of
 
+_BATCH = ("data", "fsdp")
 # More bytes than any array has: weights stay where they are.
 _NEVER = 1e30
 
@@ -64,9 +65,12 @@ class Walk:
         """Fills `made`, `placements` and `conversions`."""
         for value in self.program.inputs:
             self.placements[value] = self._as_batch(value)
+        regions = {index: region for region in self.program.regions for index in range(region.first, region.end)}
         for index, step in enumerate(self.program.steps):
             self._read(step)
-            if isinstance(step.fact, Source):
+            if region := regions.get(index):
+                self._within(index, step, region)
+            elif isinstance(step.fact, Source):
                 self._enter(index, step)
             elif isinstance(step.fact, Meeting) and step.equation is None:
                 self._close(index, step)
@@ -188,6 +192,37 @@ class Walk:
         held = [factor for factor, state in self.placements[table].items() if state == Split(0)]
         self.placements[rows] = placement | dict.fromkeys(held, PARTIAL)
         self._hand_on(step, [Signature((Split(0), BROADCAST), (PARTIAL,))] if held else [])
+
+    def _within(self, index: int, step: Step, region: Region) -> None:
+        """Nothing moves before the last step: weights have arrived gathered, and one sum over the axes that split them
+        otherwise makes the result."""
+        for value in step.outputs:
+            self.placements[value] = {}
+        if index + 1 < region.end:
+            return
+        whole = Step(region.inputs, region.outputs, equation=region.equation)
+        self._read(whole)
+        over: set[str] = set()
+        for value in region.inputs:
+            held = self.placements[value]
+            if value.kind == Kind.WEIGHT:
+                kept = {factor: state for factor, state in held.items() if axis_of(factor) not in _BATCH}
+                over |= kept.keys()
+            else:
+                kept = {
+                    factor: state
+                    for factor, state in held.items()
+                    if axis_of(factor) in (*_BATCH, "context") and isinstance(state, Split)
+                }
+            self._convert(index, whole, value, kept)
+        rows, *_ = region.inputs
+        self.placements[region.outputs[0]] = dict(self.placements[rows])
+        if over:
+            out = region.outputs[0]
+            self.placements[out] |= dict.fromkeys(over, PARTIAL)
+            weights = frozenset().union(*(each.parameters for each in region.inputs if each.kind == Kind.WEIGHT))
+            self._sums[out] = self._provenance.of_region(whole, weights)
+            self._reduce(index, whole, out)
 
     def _operate(self, index: int, step: Step) -> None:
         inputs = [self.placements[value] for value in step.inputs]

@@ -25,7 +25,7 @@ from meshloom.sharding.classes import Dim, find, leaves, leaves_of
 from meshloom.sharding.roles import Role, Roles, infer
 from meshloom.sharding.trace import Program, Step, trace
 from meshloom.sharding.training_step import TrainingStep
-from meshloom.sharding.values import Kind, Lookup, Product, Value
+from meshloom.sharding.values import Kind, Lookup, Product, Region, Value
 
 ROWS = 2  # sizes of 1 tell nothing about classes
 
@@ -115,8 +115,12 @@ def training_work(module: nnx.Module, inputs: Sequence[Any], forward: Program, r
 
 def _work(program: Program, roles: dict[Dim, Role], *, forward: bool) -> Work:
     counter = _Counter(program, roles)
-    for step in program.steps:
-        counter.count(step)
+    ends = {region.end - 1: region for region in program.regions}
+    inside = {index for region in program.regions for index in range(region.first, region.end)}
+    for index, step in enumerate(program.steps):
+        counter.count(step, sums=index not in inside)
+        if index in ends:
+            counter.end(ends[index], program)
     split = len(program.outputs) - len(program.parameters)
     variables = program.jaxpr.outvars
     arrays = [_saved(value, var, program) for value, var in zip(program.outputs, variables, strict=True)]
@@ -176,19 +180,34 @@ class _Counter:
     def reductions(self) -> tuple[Reduction, ...]:
         return tuple(each for each in self._sums if each is not None)
 
-    def count(self, step: Step) -> None:
+    def end(self, region: Region, program: Program) -> None:
+        """What a region sums up at its end: those of its results that have the rows of a batch, over all classes that
+        its products pick by or contract."""
+        over: set[Dim] = set()
+        for step in program.steps[region.first : region.end]:
+            if isinstance(step.fact, Product) and any(value.kind == Kind.WEIGHT for value in step.inputs[:2]):
+                over |= leaves_of((*step.fact.contracted, *step.fact.batch))
+        over &= self.weights
+        trips, _ = self._trips.get(id(region.equation), (1.0, None))
+        for value, var in zip(region.outputs, region.equation.outvars, strict=True):
+            if leaves_of(value.dims[:1]) and leaves_of(value.dims[:1]) <= self.batch:
+                held = frozenset(leaves_of(value.dims))
+                self._sums.append(Reduction(frozenset(over), held, _bytes(var.aval), trips))
+
+    def count(self, step: Step, *, sums: bool) -> None:
+        """A step's work; without its partial sums where a region around it ends them."""
         if step.equation is None:
             return
         trips, kernel = self._trips.get(id(step.equation), (1.0, None))
         match step.fact:
             case Product() as product if any(value.kind == Kind.ACTIVATION for value in step.inputs[:2]):
-                self._product(step, product, trips, kernel)
+                self._product(step, product, trips, kernel, sums)
             case Lookup(rows, _) if step.inputs[0].kind == Kind.WEIGHT:
                 self._sum(step, leaves_of(rows), trips)
             case _:
                 self._forward_sums(step)
 
-    def _product(self, step: Step, product: Product, trips: float, kernel: Any) -> None:
+    def _product(self, step: Step, product: Product, trips: float, kernel: Any, sums: bool) -> None:
         dims = leaves_of((*product.contracted, *product.batch, *product.lhs_free, *product.rhs_free))
         group = self._group(step, product, dims)
         out = step.equation.outvars[0].aval
@@ -215,7 +234,8 @@ class _Counter:
         for value, var in zip(values, variables, strict=True):
             table = self.weight_bytes if value.kind == Kind.WEIGHT else self.activation_bytes
             table[group, frozenset(leaves_of(value.dims))] += trips * _bytes(var.aval)
-        self._sum(step, leaves_of(product.contracted), trips)
+        if sums:
+            self._sum(step, leaves_of(product.contracted), trips)
 
     def _attend(self, step: Step, product: Product, layers: float) -> None:
         held = (*product.batch, *product.contracted)

@@ -174,9 +174,10 @@ def test_a_parameter_and_a_scope_are_explained_with_what_they_move(capsys):
 
 def test_a_layout_that_moves_what_no_rule_intends_is_refused_when_strict(capsys):
     dense = "plan tiny --devices v5e:2x2 --mesh fsdp=2,tensor=2 --strict --json"
-    assert run(capsys, *dense.split())[0] == 0
-    experts = "plan qwen3-30b-a3b --devices v5e:4x4 --mesh fsdp=16 --strict"
-    status, _, err = run(capsys, *experts.split())
+    experts = "plan qwen3-30b-a3b --devices v5e:4x4 --mesh fsdp=4,expert=4 --strict --json"
+    assert [run(capsys, *asked.split())[0] for asked in (dense, experts)] == [0, 0]
+    tokens = "plan tiny --devices v5e:2x2 --mesh fsdp=2,context=2 --strict"
+    status, _, err = run(capsys, *tokens.split())
     assert (status, "which no rule of the layout intends" in err) == (2, True)
 
 

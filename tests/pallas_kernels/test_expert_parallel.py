@@ -13,7 +13,7 @@ from meshloom.core.errors import MeshloomError
 from meshloom.core.topology import make_mesh, parse_devices
 from meshloom.pallas_kernels import expert_parallel, grouped_matmul
 from meshloom.pallas_kernels.dispatch import Implementation
-from meshloom.pallas_kernels.matmul import expert_parallel as module
+from meshloom.pallas_kernels.matmul.experts import exchange as module
 from tests.compilers import needs_tpu
 
 EXPERTS, D, F = 16, 12, 20

@@ -13,7 +13,7 @@ from meshloom.pallas_kernels.matmul.grouped.spec import GroupedSpec, Kernel
 from meshloom.pallas_kernels.matmul.grouped.xla import LOOP, RAGGED, loop_why_not
 from meshloom.pallas_kernels.matmul.qarray import QArray
 
-__all__ = ["GroupedSpec", "GroupedStatic", "grouped_matmul"]
+__all__ = ["GroupedSpec", "GroupedStatic", "grouped_gradients", "grouped_matmul"]
 
 GROUPED_MATMUL = (
     Implementation("mosaic_tpu", MOSAIC_TPU, mosaic_why_not),
@@ -47,10 +47,33 @@ def grouped_matmul(
     Source: Gale et al. 2022, MegaBlocks, section 5 (products over ragged groups instead of padded batches).
     Raises MeshloomError when sizes differ, or the requested implementation declines.
     """
+    return apply(_static(x, w, group_sizes, transposed, implementation), x, w, group_sizes)
+
+
+@jax.named_scope("grouped_gradients")
+def grouped_gradients(
+    x: Float[Array, "M K"],
+    w: Float[Array, "E A B"] | QArray,
+    group_sizes: Int[Array, "E"],
+    dy: Float[Array, "M N"],
+    *,
+    transposed: bool = False,
+) -> tuple[Float[Array, "M K"], Float[Array, "E A B"] | None]:
+    """Gradients of x and w, None for a quantized w, of `grouped_matmul(x, w, group_sizes)` by that of its result.
+
+    For operations whose backward pass is written by hand, and so needs no product again.
+
+    Raises MeshloomError as `grouped_matmul` does.
+    """
+    static = _static(x, w, group_sizes, transposed, None)
+    return _bwd(static, (x, w, group_sizes), dy)[:2]
+
+
+def _static(x, w, group_sizes, transposed: bool, implementation: str | None) -> "GroupedStatic":
     target = Target.of_mesh()
     spec = GroupedSpec.of(x, w, group_sizes, transposed)
     kernel = select("grouped_matmul", GROUPED_MATMUL, spec, target, implementation).run
-    return apply(GroupedStatic(kernel, transposed, target), x, w, group_sizes)
+    return GroupedStatic(kernel, transposed, target)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,179 @@
+"""A mixture of experts over the mesh in scope: no weight moves to another expert's device, and one sum ends each pass.
+
+Batches lie over `data`, `fsdp` and `context` and are whole over `expert` and `tensor`, as in every layout that is
+derived: each device computes what its own rows want of its own experts, and their sum over both axes is the pair rule's
+one reduction. Rows are sorted where they are, so that none is sent over the axes of the batch. Weights that are stored
+over `fsdp` arrive gathered, and their gradients leave summed over the axes of the batch and split as they are stored.
+
+Why not an exchange of rows (`exchange.py`)? In units of what a device's rows take, the sum over n devices sends
+2 (n - 1) / n. An exchange first deals the rows out, sends k / n of a row each way and gathers the results:
+(1 + 2 k / n) (n - 1) / n. That is no less up to n = 2 k: with Mixtral's k = 2 it takes 8 devices to send
+0.75 of the sum, with Qwen's k = 8 it takes 32. Room for rows is as large either way, and a step of few rows waits for
+one collective, not three.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from meshloom.pallas_kernels.dispatch import may_be_spread
+from meshloom.pallas_kernels.matmul.experts.local import flat
+from meshloom.pallas_kernels.matmul.qarray import QArray
+
+_BATCH, _STORE, _TOKENS, _EXPERT, _INNER = ("data", "fsdp"), "fsdp", "context", "expert", "tensor"
+
+
+def _mesh() -> AbstractMesh | None:
+    """The mesh in scope, if it leaves it to us to spread arrays over all of its axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if may_be_spread() and not mesh.manual_axes else None
+
+
+def _that_split(mesh: AbstractMesh, size: int, axes: tuple[str, ...]) -> tuple[str, ...]:
+    axes = tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
+    return axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
+
+
+def _axes_of_rows(mesh: AbstractMesh, shape: tuple[int, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The axes that split a batch and its tokens. Rows without a batch are those of a step of serving, which all
+    devices have."""
+    if len(shape) < 3:
+        return (), ()
+    return _that_split(mesh, shape[0], _BATCH), _that_split(mesh, shape[1], (_TOKENS,))
+
+
+def _spec_of_rows(batch: tuple[str, ...], tokens: tuple[str, ...]) -> PartitionSpec:
+    return PartitionSpec(batch or None, tokens or None) if batch or tokens else PartitionSpec()
+
+
+def _with_stored(spec: PartitionSpec, dimension: int | None) -> PartitionSpec:
+    return PartitionSpec(*(_STORE if d == dimension else axis for d, axis in enumerate(spec)))
+
+
+def by_rows(run: Callable[..., Any], values: Any) -> Any:
+    """`run` on every device's own rows of the mesh in scope."""
+    mesh = _mesh()
+    if mesh is None:
+        return run(values)
+    spec = _spec_of_rows(*_axes_of_rows(mesh, values.shape))
+    return jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec)(values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """How the arrays of one call lie.
+
+    Attributes:
+        batch, tokens: axes that split the first and the second dimension of the rows.
+        expert, inner: axes that split E and F, or None.
+    """
+
+    mesh: AbstractMesh
+    batch: tuple[str, ...]
+    tokens: tuple[str, ...]
+    expert: str | None
+    inner: str | None
+
+    @classmethod
+    def of(cls, x: Any, gate: Any, up: Any, down: Any) -> "Spread | None":
+        """For the mesh in scope; None where there is nothing to spread over, or only some axes are left to us.
+
+        What does not divide stays whole.
+        """
+        mesh = _mesh()
+        if mesh is None:
+            return None
+        (expert,) = _that_split(mesh, gate.shape[0], (_EXPERT,)) or (None,)
+        # Scales in blocks along F have to divide as F does.
+        sizes = [leaf.shape[1] for leaf in jax.tree.leaves((gate, up))]
+        sizes += [leaf.shape[2] for leaf in jax.tree.leaves(down)]
+        divides = all(size == 1 or _that_split(mesh, size, (_INNER,)) for size in sizes)
+        return cls(mesh, *_axes_of_rows(mesh, x.shape), expert, _INNER if divides else None)
+
+    @property
+    def rows(self) -> PartitionSpec:
+        """Of x and whatever else has its rows."""
+        return _spec_of_rows(self.batch, self.tokens)
+
+    @property
+    def kept(self) -> PartitionSpec:
+        """Of the sorted rows between the passes: every device's own, one after the other."""
+        axes = (*self.batch, *self.tokens, *filter(None, [self.expert]))
+        return PartitionSpec(axes or None, self.inner)
+
+    def matrices(self, *matrices: Any) -> tuple[Any, ...]:
+        """Specs of gate, up and down, or of those that are no QArray, as their gradients."""
+
+        def spec_of(dimension: int) -> Callable[[Any], PartitionSpec]:
+            def spec(leaf: Any) -> PartitionSpec:
+                axes = {0: self.expert, dimension: self.inner}
+                return PartitionSpec(*(axes.get(d) if size > 1 else None for d, size in enumerate(leaf.shape)))
+
+            return spec
+
+        return tuple(jax.tree.map(spec_of(inner), each) for inner, each in zip((1, 1, 2), matrices, strict=True))
+
+    def forward(self, run: Callable[..., Any], x, weights, chosen, gate, up, down) -> tuple[Any, ...]:
+        """`local.forward` on every device, and the sum of what they give."""
+        experts = gate.shape[0]
+
+        def own(*arrays):
+            out, *kept = flat(run, *arrays, first=self._first(arrays[3]), experts=experts)
+            return self._sum(out), *kept
+
+        inputs = (*[self.rows] * 3, *self.matrices(gate, up, down))
+        return self._mapped(own, inputs, (self.rows, self.kept, self.kept))(x, weights, chosen, gate, up, down)
+
+    def backward(self, run: Callable[..., Any], x, weights, chosen, gate, up, down, *kept_and_out) -> tuple[Any, ...]:
+        """`local.backward` on every device; gradients of rows are summed over experts, those of matrices over rows."""
+        experts, matrices = gate.shape[0], (gate, up, down)
+        learns = [not isinstance(each, QArray) for each in matrices]
+        specs = self.matrices(*matrices)
+        stored = [self._stored(each, spec) for each, spec, has in zip(matrices, specs, learns, strict=True) if has]
+
+        def own(*arrays):
+            dx, d_weights, *found = flat(run, *arrays, first=self._first(arrays[3]), experts=experts)
+            learned = (each for each in found if each is not None)
+            return *self._sum((dx, d_weights)), *map(self._sum_over_rows, learned, stored)
+
+        inputs = (*[self.rows] * 3, *specs, self.kept, self.kept, self.rows)
+        whole = [spec for spec, has in zip(specs, learns, strict=True) if has]
+        outputs = (self.rows, self.rows, *map(_with_stored, whole, stored))
+        mapped = self._mapped(own, inputs, outputs)
+        dx, d_weights, *found = mapped(x, weights, chosen, *matrices, *kept_and_out)
+        rest = iter(found)
+        return dx, d_weights, *(next(rest) if has else None for has in learns)
+
+    def _first(self, gate: Any) -> Any:
+        """Number of this device's first expert."""
+        return 0 if self.expert is None else jax.lax.axis_index(self.expert) * gate.shape[0]
+
+    def _sum(self, summands: Any) -> Any:
+        axes = tuple(filter(None, (self.expert, self.inner)))
+        return jax.lax.psum(summands, axes) if axes else summands
+
+    def _stored(self, matrix: Any, spec: PartitionSpec) -> int | None:
+        """The dimension over which the store rule splits a matrix over `fsdp`: the largest that is left and divides.
+
+        Where the layout has another one, XLA moves the parts. Columns it may still sum whole and slice: 60 GB in a step
+        of Mixtral on v5p:4x4x4 (896 for each of 16 devices, transposed or not), beside 4 for a scatter of rows.
+        """
+        if _STORE not in self.batch:
+            return None
+        ways = self.mesh.shape[_STORE]
+        left = [d for d, axis in enumerate(spec) if axis is None and matrix.shape[d] % ways == 0]
+        return max(left, key=lambda d: matrix.shape[d], default=None)
+
+    def _sum_over_rows(self, gradient: Any, stored: int | None) -> Any:
+        over = tuple(axis for axis in (*self.batch, *self.tokens) if stored is None or axis != _STORE)
+        if stored is not None:
+            gradient = jax.lax.psum_scatter(gradient, _STORE, scatter_dimension=stored, tiled=True)
+        return jax.lax.psum(gradient, over) if over else gradient
+
+    def _mapped(self, run: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
+        # The bodies hold Pallas calls, which do not say over which axes their results vary.
+        return jax.shard_map(run, mesh=self.mesh, in_specs=inputs, out_specs=outputs, check_vma=False)

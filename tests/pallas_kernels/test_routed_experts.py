@@ -1,0 +1,150 @@
+"""A mixture of experts is the same on one device and over every mesh, and no weight leaves the device of its expert."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from meshloom.core.program_report import report
+from meshloom.core.topology import make_mesh
+from meshloom.pallas_kernels import QArray, quantize, routed_experts, top_experts
+
+E, D, F, K = 8, 16, 24, 2
+ROWS = (4, 6)
+MESHES = [
+    {"expert": 4},
+    {"tensor": 4},
+    {"fsdp": 4, "expert": 2},
+    {"fsdp": 2, "expert": 2, "tensor": 2},
+    {"data": 2, "context": 2, "expert": 2},
+]
+
+
+def arrays(dtype=jnp.float32):
+    """Rows, weights of their experts, gate, up and down."""
+    rng = np.random.default_rng(0)
+    shapes = ((*ROWS, D), (*ROWS, K), (E, F, D), (E, F, D), (E, D, F))
+    return tuple(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+
+
+def chosen():
+    rng = np.random.default_rng(1)
+    return jnp.asarray(np.stack([rng.permutation(E)[:K] for _ in range(math.prod(ROWS))]).reshape(*ROWS, K), jnp.int32)
+
+
+def dense(numbers, x, weights, gate, up, down):
+    """Every row through all experts, weighted by zero where they are not its own."""
+    inner = jax.nn.silu(jnp.einsum("btd,efd->btef", x, gate)) * jnp.einsum("btd,efd->btef", x, up)
+    share = jnp.sum(jax.nn.one_hot(numbers, E) * weights[..., None], axis=2)
+    return jnp.einsum("btef,edf,bte->btd", inner, down, share)
+
+
+def ours(numbers, x, weights, gate, up, down):
+    return routed_experts(x, weights, numbers, gate, up, down, activation=jax.nn.silu)
+
+
+def of_mesh(axes):
+    return make_mesh(axes, jax.devices()[: math.prod(axes.values())])
+
+
+def with_gradients(function, operands):
+    """The result and the gradients of all operands, by one made-up gradient of the result."""
+    by = jnp.asarray(np.random.default_rng(2).normal(size=(*ROWS, D)), operands[0].dtype)
+
+    def run(*operands):
+        out, pull = jax.vjp(function, *operands)
+        return out, *pull(by)
+
+    return jax.jit(run)
+
+
+def difference(one, two):
+    return max(
+        float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)))
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
+    )
+
+
+@pytest.mark.parametrize("axes", [None, *MESHES], ids=str)
+def test_values_and_gradients_are_those_of_all_experts_for_every_row(axes):
+    operands, numbers = arrays(), chosen()
+    expected = with_gradients(lambda *operands: dense(numbers, *operands), operands)(*operands)
+    run = with_gradients(lambda *operands: ours(numbers, *operands), operands)
+    if axes is None:
+        got = run(*operands)
+    else:
+        with jax.set_mesh(of_mesh(axes)):
+            got = run(*operands)
+    assert difference(got, expected) < 1e-6  # 3e-7
+
+
+@pytest.mark.parametrize("axes", [{"expert": 4, "tensor": 2}, {"fsdp": 2, "expert": 4}], ids=str)
+def test_int8_experts_over_a_mesh_are_those_of_one_device_and_learn_nothing(axes):
+    x, weights, *matrices = arrays()
+    frozen = [quantize(each) for each in matrices]
+    assert isinstance(frozen[0], QArray)
+
+    def function(x, weights):
+        return ours(chosen(), x, weights, *frozen)
+
+    expected = with_gradients(function, (x, weights))(x, weights)
+    with jax.set_mesh(of_mesh(axes)):
+        got = with_gradients(function, (x, weights))(x, weights)
+    assert difference(got, expected) < 1e-6
+
+
+def test_a_number_of_no_expert_gives_zeros_on_a_mesh_too():
+    operands, numbers = arrays(), chosen().at[0, 0].set(jnp.array([-1, E], jnp.int32))
+    with jax.set_mesh(of_mesh({"expert": 4})):
+        out, *gradients = with_gradients(lambda *operands: ours(numbers, *operands), operands)(*operands)
+    assert not any(each[0, 0].any() for each in (out, *gradients[:2]))
+    assert out[0, 1].all()
+
+
+def test_every_row_may_want_the_experts_of_one_device():
+    operands, numbers = arrays(), jnp.broadcast_to(jnp.array([1, 0], jnp.int32), (*ROWS, K))
+    with jax.set_mesh(of_mesh({"expert": 4})):
+        got = jax.jit(ours)(numbers, *operands)
+    assert difference(got, dense(numbers, *operands)) < 1e-6
+
+
+def collectives_of(axes, function, operands):
+    """(kind, axes) -> bytes of results in the compiled program."""
+    mesh = of_mesh(axes)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(function).lower(*operands).compile()
+    return {(each.kind, each.axes): each.bytes for each in report(compiled, dict(mesh.shape)).collectives}
+
+
+def test_rows_of_a_step_of_serving_take_one_sum_and_nothing_else():
+    x, weights, *matrices = arrays()
+    mesh, over = of_mesh({"expert": 4, "tensor": 2}), jax.sharding.PartitionSpec
+    specs = (over("expert", "tensor"), over("expert", "tensor"), over("expert", None, "tensor"))
+    placed = [jax.device_put(m, jax.NamedSharding(mesh, spec)) for m, spec in zip(matrices, specs, strict=True)]
+    flat = (x.reshape(-1, D), weights.reshape(-1, K), *placed)
+    numbers = chosen().reshape(-1, K)
+    moved = collectives_of(
+        {"expert": 4, "tensor": 2},
+        lambda *operands: routed_experts(*operands[:2], numbers, *operands[2:], activation=jax.nn.silu),
+        flat,
+    )
+    assert moved == {("all_reduce", ("expert", "tensor")): x.size * 4}
+
+
+def test_the_largest_scores_are_found_where_their_rows_are():
+    scores = jnp.asarray(np.random.default_rng(3).normal(size=(8, 6, E)), jnp.float32)
+    mesh = of_mesh({"fsdp": 4, "expert": 2})
+    placed = jax.device_put(scores, jax.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp")))
+
+    def loss(scores):
+        best, numbers = top_experts(scores, K)
+        return jnp.sum(best * best), numbers
+
+    moved = collectives_of({"fsdp": 4, "expert": 2}, jax.grad(loss, has_aux=True), (placed,))
+    assert not moved
+    with jax.set_mesh(mesh):
+        gradient, numbers = jax.jit(jax.grad(loss, has_aux=True))(placed)
+    assert (numbers == jax.lax.top_k(scores, K)[1]).all()
+    np.testing.assert_allclose(gradient, jax.grad(loss, has_aux=True)(scores)[0])

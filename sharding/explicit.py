@@ -257,7 +257,7 @@ class _Types:
         return next(filter(None, reversed(self._around)), "")
 
     def _refused(self, equation: Any, operands: Sequence[Any], error: Exception) -> ShardingError:
-        types, said = ", ".join(str(jax.typeof(x)) for x in operands), str(error).splitlines()[0]
+        types, (said, *_) = ", ".join(str(jax.typeof(x)) for x in operands), (str(error) or repr(error)).splitlines()
         line, name = self._line() or "the forward pass", equation.primitive.name
         return ShardingError(
             f"{line}: JAX refuses to type `{name}` of {types}: {said}. "

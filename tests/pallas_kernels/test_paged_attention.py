@@ -134,7 +134,7 @@ def test_write_leaves_other_pages_alone():
     assert changed.tolist() == [run.table[0, 0]]
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(data=st.data(), page_size=st.sampled_from([2, 8]), window=st.sampled_from([None, 9]))
 def test_any_split_into_steps_gives_the_same_rows(data, page_size, window):
     lengths = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=3))

@@ -18,7 +18,7 @@ from meshloom.core.ahead import compiler_missing
 from meshloom.core.config import load_toml
 from meshloom.core.errors import ConfigError, ShardingError
 from meshloom.core.executable import Header
-from meshloom.core.topology import Devices, abstract_mesh, measured_chip, mesh_text, parse_devices
+from meshloom.core.topology import BATCH_AXES, Devices, abstract_mesh, measured_chip, mesh_text, parse_devices
 from meshloom.kernel_choices import check_kernels, kernels_of_training
 from meshloom.models.config import DecoderConfig
 from meshloom.models.source import abstract, abstract_module, default_axes
@@ -103,7 +103,7 @@ def _layout(command: cli.Plan) -> dict[str, Any]:
     # Stacked, equal layers are one row of the table, and tracing does not grow with depth.
     config, module = abstract(command.model, scan_layers=True)
     if isinstance(config, DecoderConfig):  # a row of usual length per device, so that bytes are those of training
-        rows = max(math.prod(mesh.shape.get(axis, 1) for axis in ("data", "fsdp")), 2)
+        rows = max(math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES), 2)
         inputs = (jax.ShapeDtypeStruct((rows, min(4096, config.context)), jnp.int32),)
     else:
         inputs = cast(Any, module).example_inputs()

@@ -22,6 +22,8 @@ from meshloom.core.processes import joined
 
 # Outermost first: `data` may span slow links, `tensor` must not.
 AXES = ("data", "fsdp", "expert", "context", "tensor")
+# Those over which rows of a batch lie, the outermost first.
+BATCH_AXES = ("data", "fsdp")
 
 
 @dataclasses.dataclass(frozen=True)

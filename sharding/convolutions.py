@@ -14,12 +14,13 @@ It knows no other defects; `meshloom verify` compares a layout with one device.
 import math
 from collections.abc import Mapping, Sequence
 
+from meshloom.core.topology import BATCH_AXES
 from meshloom.sharding.layout import Row
 from meshloom.sharding.trace import Program
 from meshloom.sharding.values import Step
 
-# They split what enters every layer: rows of a batch and positions in a row.
-_ROWS, _POSITIONS = ("data", "fsdp"), ("context",)
+# Splits what enters every layer, as the batch's axes do: by positions in a row.
+_POSITIONS = ("context",)
 
 
 def miscompiled(program: Program, rows: Sequence[Row], axes: Mapping[str, int]) -> dict[str, str]:
@@ -36,7 +37,7 @@ def miscompiled(program: Program, rows: Sequence[Row], axes: Mapping[str, int]) 
 
 
 def _gradient(step: Step, row: Row, axes: Mapping[str, int]) -> str | None:
-    splitting = {*_ROWS, *_POSITIONS, *_pair_axes(row)}
+    splitting = {*BATCH_AXES, *_POSITIONS, *_pair_axes(row)}
     times = math.prod(size for axis, size in axes.items() if axis not in splitting)
     if step.equation.params["feature_group_count"] == 1 or times in (1, math.prod(axes.values())):
         return None
@@ -54,7 +55,7 @@ def _values(step: Step, row: Row, axes: Mapping[str, int]) -> str | None:
     spec = step.equation.params["dimension_numbers"].rhs_spec
     shape = step.equation.invars[1].aval.shape
     wide = any(shape[axis] > 1 for axis in spec[2:])
-    if not (wide and split(_POSITIONS) and "tensor" in _pair_axes(row)) or split(_ROWS):
+    if not (wide and split(_POSITIONS) and "tensor" in _pair_axes(row)) or split(BATCH_AXES):
         return None
     return (
         "XLA's partitioner computes this convolution wrongly where context splits its positions, tensor its channels "

@@ -37,7 +37,6 @@ Purpose = Literal["weights", "gradients", "partial sums", "keys"]
 # needed by the very next product, and only splitting that product into pieces hides some of it. Keys travel while those
 # at hand are attended to.
 OVERLAP: dict[Purpose, float] = {"weights": 0.9, "gradients": 0.9, "partial sums": 0.3, "keys": 0.9}
-BATCH_AXES = ("data", "fsdp")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from rich.table import Table
 
 from meshloom.core.errors import ShardingError
-from meshloom.core.topology import AXES
+from meshloom.core.topology import AXES, BATCH_AXES
 from meshloom.sharding.roles import Role
 
 Rule = Literal["pair", "store"]
@@ -106,13 +106,13 @@ class Layout:
     def batch_spec(self) -> PartitionSpec:
         """The spec of token batches `[B, T]`: rows over `data` and `fsdp`, tokens over `context`, where the mesh has
         them."""
-        axes = tuple(axis for axis in ("data", "fsdp") if self.mesh.shape.get(axis, 1) > 1)
+        axes = tuple(axis for axis in BATCH_AXES if self.mesh.shape.get(axis, 1) > 1)
         return PartitionSpec(axes or None, "context" if self.context_ways > 1 else None)
 
     @property
     def batch_ways(self) -> int:
         """Over how many devices the rows of a batch are spread."""
-        return self.mesh.shape.get("data", 1) * self.mesh.shape.get("fsdp", 1)
+        return math.prod(self.mesh.shape.get(axis, 1) for axis in BATCH_AXES)
 
     @property
     def context_ways(self) -> int:

@@ -19,9 +19,8 @@ from flax import nnx
 from meshloom.core.errors import ConfigError, ShardingError
 from meshloom.core.hardware import Chip, chip_named
 from meshloom.core.program_report import ProgramReport
-from meshloom.core.topology import AXES, Devices, abstract_mesh
+from meshloom.core.topology import AXES, BATCH_AXES, Devices, abstract_mesh
 from meshloom.sharding.cost import (
-    BATCH_AXES,
     Breakdown,
     Memory,
     Pricer,

@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from meshloom.core.topology import axes_of
+from meshloom.core.topology import BATCH_AXES, axes_of
 from meshloom.sharding.algebra import BROADCAST, PARTIAL, Split, State, conversion, cost
 from meshloom.sharding.classes import find
 from meshloom.sharding.collectives import Kind as Collective
@@ -28,7 +28,6 @@ from meshloom.sharding.trace import Program, Step
 from meshloom.sharding.values import Kind, Lookup, Meeting, Region, Source, Value
 from meshloom.sharding.work import trips_of
 
-_BATCH = ("data", "fsdp")
 # More bytes than any array has: weights stay where they are.
 _NEVER = 1e30
 
@@ -206,13 +205,13 @@ class Walk:
         for value in region.inputs:
             held = self.placements[value]
             if value.kind == Kind.WEIGHT:
-                kept = {factor: state for factor, state in held.items() if axis_of(factor) not in _BATCH}
+                kept = {factor: state for factor, state in held.items() if axis_of(factor) not in BATCH_AXES}
                 over |= kept.keys()
             else:
                 kept = {
                     factor: state
                     for factor, state in held.items()
-                    if axis_of(factor) in (*_BATCH, "context") and isinstance(state, Split)
+                    if axis_of(factor) in (*BATCH_AXES, "context") and isinstance(state, Split)
                 }
             self._convert(index, whole, value, kept)
         rows, *_ = region.inputs

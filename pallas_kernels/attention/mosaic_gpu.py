@@ -24,22 +24,22 @@ from jaxtyping import Array, Float
 from meshloom.pallas_kernels.attention import spread
 from meshloom.pallas_kernels.attention.kernel import MASKED, Scoring
 from meshloom.pallas_kernels.attention.mosaic_gpu_tiles import (
-    BY_COLUMN,
     BY_ROW,
     LOG2_E,
     ROWS,
-    TOKENS,
     WORKERS,
+    Call,
     column,
-    column_positions,
+    kept,
     loaded,
     nothing,
     over,
-    row_positions,
+    padded_ids,
+    padded_tokens,
     soft_capped,
     tiled,
 )
-from meshloom.pallas_kernels.attention.reach import COLUMNS, Reach
+from meshloom.pallas_kernels.attention.reach import Reach
 from meshloom.pallas_kernels.attention.spec import AttentionSpec, Mask
 from meshloom.pallas_kernels.dispatch import Target, may_be_spread
 
@@ -70,19 +70,7 @@ def why_not(spec: AttentionSpec, target: Target) -> str | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
-    """The static facts of one kernel; `mask` holds no arrays of the caller's."""
-
-    mask: Mask
-    scoring: Scoring
-    q_total: int
-    kv_total: int
-    group: int
-    head_dim: int
-    value_dim: int
-    dtype: Any
-    out_dtype: Any
-
+class _Call(Call):
     @property
     def q_blocks(self) -> int:
         return -(-self.q_total // BLOCK_Q)
@@ -118,30 +106,27 @@ def forward(
 
     Source: Dao 2023, FlashAttention-2, algorithm 1; Shah et al. 2024, FlashAttention-3, section 3.1 (workers in turns).
     """
-    batch, q_total, heads, head_dim = q.shape
-    kv_total, kv_heads, value_dim = k.shape[1], k.shape[2], v.shape[3]
-    bare, group = Mask(mask.causal, mask.window), heads // kv_heads
-    call = _Call(bare, scoring, q_total, kv_total, group, head_dim, value_dim, q.dtype, jnp.dtype(dtype))
-    q, k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % TOKENS), (0, 0), (0, 0))) for x in (q, k, v))
-    facts = [] if mask.is_static else [Reach.table(mask, q_total, kv_total, BLOCK_Q, call.block_kv, batch)]
+    batch, heads = q.shape[0], q.shape[2]
+    call: _Call = _Call.of(q, k, v, mask, scoring, dtype)
+    q, k, v = (padded_tokens(x) for x in (q, k, v))
+    facts = [] if mask.is_static else [Reach.table(mask, call.q_total, call.kv_total, BLOCK_Q, call.block_kv, batch)]
     if mask.q_segments is not None:
-        ids = ((mask.q_segments, BLOCK_Q), (mask.kv_segments, call.block_kv))
-        facts += [jnp.pad(x, ((0, 0), (0, -x.shape[1] % n)), constant_values=-1) for x, n in ids]
+        facts += [padded_ids(mask.q_segments, BLOCK_Q), padded_ids(mask.kv_segments, call.block_kv)]
 
     full, free = plgpu.Barrier(num_barriers=STAGES), plgpu.Barrier(num_arrivals=WORKERS, num_barriers=STAGES)
     each = plgpu.Barrier(num_barriers=WORKERS)
     out, lse = plgpu.kernel(
         functools.partial(_forward_kernel, call),
         out_type=[
-            jax.ShapeDtypeStruct((*q.shape[:3], value_dim), dtype),
+            jax.ShapeDtypeStruct((*q.shape[:3], call.value_dim), dtype),
             jax.ShapeDtypeStruct((batch, heads, call.q_blocks * BLOCK_Q), jnp.float32),
         ],
         scratch_types={
-            "q_mem": tiled((WORKERS, ROWS, head_dim), q.dtype),
-            "k_mem": tiled((STAGES, call.block_kv, head_dim), k.dtype),
-            "v_mem": tiled((STAGES, call.block_kv, value_dim), v.dtype),
+            "q_mem": tiled((WORKERS, ROWS, call.head_dim), q.dtype),
+            "k_mem": tiled((STAGES, call.block_kv, call.head_dim), k.dtype),
+            "v_mem": tiled((STAGES, call.block_kv, call.value_dim), v.dtype),
             "lse_mem": plgpu.SMEM((WORKERS, ROWS), jnp.float32),
-            **({"out_mem": tiled((WORKERS, ROWS, value_dim), dtype)} if call.staged else {}),
+            **({"out_mem": tiled((WORKERS, ROWS, call.value_dim), dtype)} if call.staged else {}),
             **{"q_full": each, "k_full": full, "v_full": full, "k_free": free, "v_free": free, "turn": each},
         },
         grid=(heads, call.q_blocks, batch),
@@ -151,7 +136,7 @@ def forward(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="attention_forward",
     )(q, k, v, *facts)
-    return out[:, :q_total], lse[:, :, :q_total]
+    return out[:, : call.q_total], lse[:, :, : call.q_total]
 
 
 def _forward_kernel(call: _Call, q, k, v, *refs, k_mem, v_mem, k_full, v_full, k_free, v_free, **scratch):
@@ -160,11 +145,7 @@ def _forward_kernel(call: _Call, q, k, v, *refs, k_mem, v_mem, k_full, v_full, k
     b, n, worker = (jax.lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
     # The longest runs of keys begin first under a causal mask, so that the last to end are short.
     i = call.q_blocks - 1 - jax.lax.axis_index("block")
-    if facts:
-        reach = Reach(*(facts[0][b, i, column] for column in range(COLUMNS)))
-    else:
-        first = i * BLOCK_Q + call.kv_total - call.q_total
-        reach = Reach.of(call.mask, first, BLOCK_Q, call.kv_total, call.block_kv)
+    reach = Reach.read(facts[0], b, i) if facts else call.of_queries(i, BLOCK_Q, call.block_kv)
 
     @pl.when(worker == WORKERS)
     def _copy():
@@ -208,16 +189,9 @@ def _rows(call: _Call, reach: Reach, place, worker, arrays, ids, rings, *, q_mem
 
     def masked(j, scores):
         """The scores of key block `j`, far below any other where the mask rules them out."""
-        at_kv, first_q = column_positions(j * call.block_kv, call.block_kv), reach.first + worker * ROWS
-        limit = column(reach.length, jnp.int32)
-        if call.mask.causal:
-            limit = jnp.minimum(row_positions(first_q + 1), limit)
-        keep = at_kv < over(limit, 0, call.block_kv)
-        if call.mask.window is not None:
-            keep &= at_kv > over(row_positions(first_q - call.mask.window), 0, call.block_kv)
-        if ids:
-            kv_ids = loaded(ids[1].at[b, pl.ds(j * call.block_kv, call.block_kv)], BY_COLUMN)
-            keep &= over(q_ids, 0, call.block_kv) == over(kv_ids, 1, call.block_kv)
+        first_key, first_query = j * call.block_kv, reach.first + worker * ROWS
+        segments = (q_ids, ids[1].at[b, pl.ds(first_key, call.block_kv)]) if ids else None
+        keep = kept(call.mask, reach, first_key, call.block_kv, first_query, segments)
         # Below what a row starts with, so that the weight is zero in a row that has no key yet.
         return jnp.where(keep, scores, 2 * MASKED)
 

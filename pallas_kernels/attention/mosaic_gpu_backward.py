@@ -25,19 +25,22 @@ from meshloom.pallas_kernels.attention.mosaic_gpu_tiles import (
     BY_ROW,
     LOG2_E,
     ROWS,
-    TOKENS,
     WORKERS,
+    Call,
     Ring,
     column,
     column_positions,
+    kept,
     loaded,
     nothing,
     over,
+    padded_ids,
+    padded_tokens,
     row_positions,
     soft_capped,
     tiled,
 )
-from meshloom.pallas_kernels.attention.reach import COLUMNS, Reach
+from meshloom.pallas_kernels.attention.reach import Reach
 from meshloom.pallas_kernels.attention.spec import Mask
 
 # Rows of a thread block, and of the other side that it reads at a time.
@@ -49,17 +52,7 @@ NEVER = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
-    """The static facts of both kernels; `mask` holds no arrays of the caller's."""
-
-    mask: Mask
-    scoring: Scoring
-    q_total: int
-    kv_total: int
-    group: int
-    dtype: Any
-    out_dtype: Any
-
+class _Call(Call):
     @property
     def staged(self) -> bool:
         """Whether gradients leave through memory of their own; else through that of the block's own rows."""
@@ -87,15 +80,12 @@ def backward(
 
     Source: Dao 2023, FlashAttention-2, algorithm 2, its loops apart.
     """
-    group = q.shape[2] // k.shape[2]
-    bare = Mask(mask.causal, mask.window)
-    call = _Call(bare, scoring, q.shape[1], k.shape[1], group, q.dtype, jnp.dtype(dtype))
+    call: _Call = _Call.of(q, k, v, mask, scoring, dtype)
     rows = [jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % BLOCK))) for x in (lse * LOG2_E, delta)]
-    arrays = [jnp.pad(x, ((0, 0), (0, -x.shape[1] % TOKENS), (0, 0), (0, 0))) for x in (q, d_out.astype(q.dtype), k, v)]
+    arrays = [padded_tokens(x) for x in (q, d_out.astype(q.dtype), k, v)]
     ids: list[Any] = []
     if mask.q_segments is not None:
-        both = (mask.q_segments, mask.kv_segments)
-        ids = [jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK)), constant_values=-1) for x in both]
+        ids = [padded_ids(x, BLOCK) for x in (mask.q_segments, mask.kv_segments)]
 
     def facts(by: int) -> list[Any]:
         sizes = (BLOCK, READ) if by == 0 else (READ, BLOCK)
@@ -140,37 +130,35 @@ def _launch(body: Any, call: _Call, outputs: list[Any], own: dict[str, int], rea
 
 
 def _of_queries(call: _Call, given: tuple[Any, ...], facts: list[Any]) -> Any:
-    q, _, _, v, *_ = given
-    head_dim, value_dim = q.shape[3], v.shape[3]
+    q = given[0]
     run = _launch(
         _backward_of_queries,
         call,
         [jax.ShapeDtypeStruct(q.shape, call.out_dtype)],
-        {"q_mem": head_dim, "d_out_mem": value_dim},
-        {"k_mem": (head_dim,), "v_mem": (value_dim,)},
+        {"q_mem": call.head_dim, "d_out_mem": call.value_dim},
+        {"k_mem": (call.head_dim,), "v_mem": (call.value_dim,)},
         (q.shape[2], -(-call.q_total // BLOCK), q.shape[0]),
     )
     return run(*given, *facts)[0]
 
 
 def _of_keys(call: _Call, given: tuple[Any, ...], facts: list[Any]) -> Any:
-    q, _, k, v, *_ = given
-    head_dim, value_dim = q.shape[3], v.shape[3]
+    _, _, k, v, *_ = given
     run = _launch(
         _backward_of_keys,
         call,
         [jax.ShapeDtypeStruct(x.shape, call.out_dtype) for x in (k, v)],
-        {"k_mem": head_dim, "v_mem": value_dim},
-        {"q_mem": (head_dim,), "d_out_mem": (value_dim,), "lse_mem": (), "delta_mem": ()},
+        {"k_mem": call.head_dim, "v_mem": call.value_dim},
+        {"q_mem": (call.head_dim,), "d_out_mem": (call.value_dim,), "lse_mem": (), "delta_mem": ()},
         (k.shape[2], -(-call.kv_total // BLOCK), k.shape[0]),
     )
     return run(*given, *facts)
 
 
-def _place(call: _Call, facts: Any, alone: Callable[[Any], Reach]) -> Any:
+def _place(facts: Any, alone: Callable[[Any], Reach]) -> Any:
     """Row of the batch, head, block and worker of this program, and what it reaches."""
     b, n, i, worker = (jax.lax.axis_index(name) for name in ("batch", "head", "block", "warpgroup"))
-    reach = Reach(*(facts[0][b, i, column] for column in range(COLUMNS))) if facts else alone(i)
+    reach = Reach.read(facts[0], b, i) if facts else alone(i)
     return b, n, i, worker, reach
 
 
@@ -180,11 +168,7 @@ def _backward_of_queries(
     """dq of a block of queries of one head, over the keys in reach."""
     *facts, dq = refs
 
-    def alone(i):
-        first = i * BLOCK + call.kv_total - call.q_total
-        return Reach.of(call.mask, first, BLOCK, call.kv_total, READ)
-
-    b, n, i, worker, reach = _place(call, facts, alone)
+    b, n, i, worker, reach = _place(facts, lambda i: call.of_queries(i, BLOCK, READ))
     first = i * BLOCK + worker * ROWS
     rows = pl.ds(first, ROWS)
     for array, mem in ((q, q_mem), (d_out, d_out_mem)):
@@ -202,15 +186,8 @@ def _backward_of_queries(
     plgpu.barrier_wait(own_full.at[worker])
 
     def masked(j, weights):
-        at_kv, first_q = column_positions(j * READ, READ), reach.first + worker * ROWS
-        limit = column(reach.length, jnp.int32)
-        if call.mask.causal:
-            limit = jnp.minimum(row_positions(first_q + 1), limit)
-        keep = at_kv < over(limit, 0, READ)
-        if call.mask.window is not None:
-            keep &= at_kv > over(row_positions(first_q - call.mask.window), 0, READ)
-        if q_ids is not None:
-            keep &= over(q_ids, 0, READ) == over(loaded(facts[2].at[b, pl.ds(j * READ, READ)], BY_COLUMN), 1, READ)
+        segments = None if q_ids is None else (q_ids, facts[2].at[b, pl.ds(j * READ, READ)])
+        keep = kept(call.mask, reach, j * READ, READ, reach.first + worker * ROWS, segments)
         return jnp.where(keep, weights, 0.0)
 
     def step(at, total):
@@ -262,7 +239,7 @@ def _backward_of_keys(
             call.mask, j * BLOCK, BLOCK, call.kv_total - call.q_total, call.q_total, call.kv_total, READ
         )
 
-    b, n, j, worker, reach = _place(call, facts, alone)
+    b, n, j, worker, reach = _place(facts, alone)
     first = j * BLOCK + worker * ROWS
     rows = pl.ds(first, ROWS)
     for array, mem in ((k, k_mem), (v, v_mem)):

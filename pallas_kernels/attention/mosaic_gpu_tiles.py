@@ -1,4 +1,4 @@
-"""What attention's kernels for Hopper are made of: tiles in the layout of `wgmma`, and rings of buffers.
+"""What attention's kernels for Hopper share: static facts, tiles in the layout of `wgmma`, and rings of buffers.
 
 A tile is [r, c], the rows of one warpgroup and the columns that it multiplies at a time. Numbers for its rows [r] and
 for its columns [c] have layouts of their own.
@@ -15,6 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from meshloom.pallas_kernels.attention.kernel import Scoring
+from meshloom.pallas_kernels.attention.reach import Reach
+from meshloom.pallas_kernels.attention.spec import Mask
 
 LOG2_E = math.log2(math.e)
 # Warpgroups that multiply, and the rows of one: the height of a product.
@@ -22,6 +24,42 @@ WORKERS, ROWS = 2, 64
 # A copy wants whole tiles of so many tokens in the array, though it may begin or end outside of it.
 TOKENS = 8
 BY_ROW, BY_COLUMN = (plgpu.Layout.WGMMA.reduce(axis) for axis in (1, 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The static facts of a kernel; `mask` holds no arrays of the caller's."""
+
+    mask: Mask
+    scoring: Scoring
+    q_total: int
+    kv_total: int
+    group: int
+    head_dim: int
+    value_dim: int
+    dtype: Any
+    out_dtype: Any
+
+    @classmethod
+    def of(cls, q: Any, k: Any, v: Any, mask: Mask, scoring: Scoring, out_dtype: Any) -> Any:
+        """The facts of one call, of the class that is asked."""
+        bare, group, dims = Mask(mask.causal, mask.window), q.shape[2] // k.shape[2], (q.shape[3], v.shape[3])
+        return cls(bare, scoring, q.shape[1], k.shape[1], group, *dims, q.dtype, jnp.dtype(out_dtype))
+
+    def of_queries(self, block: Any, block_q: int, block_kv: int) -> Reach:
+        """What a block of queries reaches when the mask holds no data."""
+        first = block * block_q + self.kv_total - self.q_total
+        return Reach.of(self.mask, first, block_q, self.kv_total, block_kv)
+
+
+def padded_tokens(x: Any) -> Any:
+    """[B, L, heads, H] with L a multiple of what a copy wants."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % TOKENS), (0, 0), (0, 0)))
+
+
+def padded_ids(ids: Any, block: int) -> Any:
+    """Segments [B, L] with L a multiple of `block`; what is added is in none."""
+    return jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % block)), constant_values=-1)
 
 
 def tiled(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -59,6 +97,24 @@ def column_positions(first: Any, width: int) -> Any:
     of which 236 bytes spilled in the forward kernel.
     """
     return plgpu.broadcasted_iota(jnp.int32, (ROWS, width), 1, layout=plgpu.Layout.WGMMA) + first
+
+
+def kept(mask: Mask, reach: Reach, first_key: Any, width: int, first_query: Any, ids: tuple[Any, Any] | None) -> Any:
+    """Which keys the queries of a worker may see, bool [r, c].
+
+    Args:
+        first_key: position of the first of `width` keys. first_query: position of the worker's first query.
+        ids: segments of its queries [r], loaded, and those of the keys [c] in global memory.
+    """
+    at_kv, limit = column_positions(first_key, width), column(reach.length, jnp.int32)
+    if mask.causal:
+        limit = jnp.minimum(row_positions(first_query + 1), limit)
+    keep = at_kv < over(limit, 0, width)
+    if mask.window is not None:
+        keep &= at_kv > over(row_positions(first_query - mask.window), 0, width)
+    if ids is not None:
+        keep &= over(ids[0], 0, width) == over(loaded(ids[1], BY_COLUMN), 1, width)
+    return keep
 
 
 def loaded(array: Any, layout: Any) -> Any:

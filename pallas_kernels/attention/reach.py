@@ -96,6 +96,11 @@ class Reach:
         fields = [jnp.broadcast_to(getattr(reach, field.name), (batch, count)) for field in FIELDS]
         return jnp.stack(fields, axis=2).astype(jnp.int32)
 
+    @classmethod
+    def read(cls, table: Any, row: Any, block: Any) -> "Reach":
+        """What the table says of one block, as a kernel reads it."""
+        return cls(*(table[row, block, column] for column in range(len(FIELDS))))
+
     def _within_segments(self, mask: Mask, blocks: Blocks, by: int) -> "Reach":
         """Narrowed to blocks that may hold a segment of the block's own; whole ones are so in every respect."""
         pairs = np.indices(blocks.counts).reshape(2, -1).T.astype(np.int32)
@@ -116,7 +121,6 @@ class Reach:
 
 
 FIELDS = dataclasses.fields(Reach)
-COLUMNS = len(FIELDS)
 
 
 def _ends(chosen: Any) -> tuple[Any, Any]:

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from meshloom.core.topology import BATCH_AXES
 from meshloom.pallas_kernels.attention.kernel import Kernel
 from meshloom.pallas_kernels.attention.spec import AttentionSpec, Mask
 from meshloom.pallas_kernels.dispatch import may_be_spread
 
-_ROWS, _HEADS, TOKENS = ("data", "fsdp"), "tensor", "context"
+_HEADS, TOKENS = "tensor", "context"
 
 
 def token_ways() -> int:
@@ -62,7 +63,7 @@ def _why_not_by_rows_and_heads(spec: AttentionSpec) -> str | None:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.manual_axes:
         return "XLA does not split kernels, and only some axes of the mesh are inside shard_map"
-    ways, heads = math.prod(mesh.shape.get(axis, 1) for axis in _ROWS), mesh.shape.get(_HEADS, 1)
+    ways, heads = math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES), mesh.shape.get(_HEADS, 1)
     if spec.q_shape[0] % ways:
         return f"{spec.q_shape[0]} rows of the batch do not divide over {ways} devices"
     if spec.q_shape[2] % heads:
@@ -87,7 +88,7 @@ def over_mesh(kernel: Kernel, *, tokens: str | None = None) -> Kernel:
         tokens: the axis over which the kernel is a ring; without one every device has all tokens.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    rows = tuple(axis for axis in _ROWS if mesh.shape.get(axis, 1) > 1) or None
+    rows = tuple(axis for axis in BATCH_AXES if mesh.shape.get(axis, 1) > 1) or None
     heads = _HEADS if mesh.shape.get(_HEADS, 1) > 1 else None
     ways = mesh.shape.get(_HEADS, 1)
     array, statistics = PartitionSpec(rows, tokens, heads), PartitionSpec(rows, heads, tokens)

@@ -20,11 +20,12 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, PartitionSpec
 
+from meshloom.core.topology import BATCH_AXES
 from meshloom.pallas_kernels.dispatch import may_be_spread
 from meshloom.pallas_kernels.matmul.experts.local import flat
 from meshloom.pallas_kernels.matmul.qarray import QArray
 
-_BATCH, _STORE, _TOKENS, _EXPERT, _INNER = ("data", "fsdp"), "fsdp", "context", "expert", "tensor"
+_STORE, _TOKENS, _EXPERT, _INNER = "fsdp", "context", "expert", "tensor"
 
 
 def _mesh() -> AbstractMesh | None:
@@ -43,7 +44,7 @@ def _axes_of_rows(mesh: AbstractMesh, shape: tuple[int, ...]) -> tuple[tuple[str
     devices have."""
     if len(shape) < 3:
         return (), ()
-    return _that_split(mesh, shape[0], _BATCH), _that_split(mesh, shape[1], (_TOKENS,))
+    return _that_split(mesh, shape[0], BATCH_AXES), _that_split(mesh, shape[1], (_TOKENS,))
 
 
 def _spec_of_rows(batch: tuple[str, ...], tokens: tuple[str, ...]) -> PartitionSpec:

@@ -134,6 +134,12 @@ def select(
     raise MeshloomError(f"no implementation of {op} can run this call ({reasons})")
 
 
+def as_one(function: Callable[..., Any], *arrays: Any) -> Any:
+    """`function(*arrays)`: in programs that are traced one equation, by whose name derivations know what is in it."""
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arrays))
+    return (jax.jit(function) if traced else function)(*arrays)
+
+
 def _facts(spec: Any) -> str:
     """A spec's fields that are set, without arrays."""
     words = []

@@ -6,11 +6,11 @@ where `flow` has it: a stored weight is resharded at its use, and products and r
 What `flow` calls silent is not put in, so that JAX refuses it, unless it is small. `flow` judges by Meshloom's own
 signatures; of all other equations JAX is a second judge.
 
-JAX's types do not reach everything: a lookup in a table that is split, what spreads itself over a mesh by shard_map, an
-axis that splits kv heads and the queries of each. These run with automatic axes between the types that `flow` knows,
-and are counted as trusted.
+JAX's types do not reach everything: a lookup in a table that is split, what spreads itself over a mesh by shard_map as
+experts do and attention over `context`, an axis that splits kv heads and the queries of each. These run with automatic
+axes between the types that `flow` knows, and are counted as trusted.
 
-It does not know the backward pass, and `context`, over which attention is another program.
+It does not know the backward pass.
 """
 
 import collections
@@ -59,8 +59,7 @@ def check(module: nnx.Module, layout: Layout, inputs: Sequence[Any]) -> Typed:
     Args:
         layout: derived for this module. inputs: abstract arrays or pytrees, batch first.
     Raises:
-        ShardingError: JAX refuses an equation; names its line, the types of its operands and what JAX says. Or the mesh
-            has a `context` axis.
+        ShardingError: JAX refuses an equation; names its line, the types of its operands and what JAX says.
     """
     counted: list[_Types] = []
     mesh = _explicit(layout.mesh)
@@ -83,8 +82,6 @@ def explicit(module: nnx.Module, layout: Layout, seen: Callable[["_Types"], Any]
     Raises:
         ShardingError: when called; as `check`.
     """
-    if layout.context_ways > 1:
-        raise ShardingError("explicit types do not cover context: over it attention is a ring, another program")
     graphdef, _ = nnx.split(module)
 
     def forward(state: Any, *inputs: Any) -> Any:
@@ -116,10 +113,11 @@ class _Types:
         for index, step in enumerate(known.program.steps):
             if step.equation is not None:
                 self._steps.setdefault(id(step.equation), (index, step))
-        for region in known.program.regions:
+        rings = known.program.attended if known.layout.context_ways > 1 else ()
+        for region in (*known.program.regions, *rings):
             whole = Step(region.inputs, region.outputs, equation=region.equation)
             self._steps[id(region.equation)] = region.end - 1, whole
-        self._regions = {id(region.equation) for region in known.program.regions}
+        self._regions = {id(region.equation) for region in (*known.program.regions, *rings)}
         self._wanted: dict[int, list[Conversion]] = collections.defaultdict(list)
         self._unwanted_sums: set[str] = set()  # lines
         self._around: list[str] = []  # lines of the equations whose bodies are run, outermost first
@@ -158,7 +156,9 @@ class _Types:
 
     def _equation(self, equation: Any, operands: list[Any]) -> list[Any]:
         name, (_, step) = equation.primitive.name, self._steps.get(id(equation), (-1, None))
-        if id(equation) in self._regions or name in _TRUSTED or (step is not None and _by_data(step)):
+        # Data picks rows of weights: JAX would have to be told the types.
+        by_data = step is not None and isinstance(step.fact, Lookup)
+        if id(equation) in self._regions or name in _TRUSTED or by_data:
             return self._trust(equation, operands, () if step is None else step.outputs)
         body = _BODIES.get(name)
         if name == "custom_vjp_call" and self._beyond_types(equation.params[body]):
@@ -169,15 +169,9 @@ class _Types:
                 return self.run(equation.params[body], operands)
             if name == "scan":
                 return self._scan(equation, operands)
-            found = self._bind(equation, operands, step)
-        except ShardingError:
-            raise
-        except Exception as error:  # JAX's ShardingTypeError is not public, and some of its rules raise others
-            raise self._refused(equation, operands, error) from error
+            return self._bind(equation, operands, step)
         finally:
             self._around.pop()
-        self.typed += 1
-        return found
 
     def _bind(self, equation: Any, operands: list[Any], step: Step | None) -> list[Any]:
         """One equation by JAX's rules; products and reshapes are told what becomes of split dimensions."""
@@ -190,7 +184,11 @@ class _Types:
             told = name in params and params[name] is None and operands
             if told and spec is not None and self._line() not in self._unwanted_sums:
                 params[name] = NamedSharding(jax.sharding.get_abstract_mesh(), spec)
-        found = equation.primitive.bind(*operands, **params)
+        try:
+            found = equation.primitive.bind(*operands, **params)
+        except Exception as error:  # JAX's ShardingTypeError is not public, and some of its rules raise others
+            raise self._refused(equation, operands, error) from error
+        self.typed += 1
         return list(found) if equation.primitive.multiple_results else [found]
 
     def _scan(self, equation: Any, operands: list[Any]) -> list[Any]:
@@ -211,7 +209,12 @@ class _Types:
         kinds = zip(carry, after, strict=True)
         carry = [jax.sharding.reshard(x, kind.sharding.spec) if _whole(x) else x for x, kind in kinds]
         options = {"length": params["length"], "reverse": params["reverse"]}
-        final, stacked = jax.lax.scan(body, carry, scanned, **options)
+        try:
+            final, stacked = jax.lax.scan(body, carry, scanned, **options)
+        except ShardingError:
+            raise
+        except Exception as error:  # the body changes how its carry lies
+            raise self._refused(equation, carry, error) from error
         return [*final, *stacked]
 
     def _beyond_types(self, closed: Any) -> bool:
@@ -276,11 +279,6 @@ class _Types:
         return PartitionSpec(*(axes or None for axes in dims))
 
 
-def _by_data(step: Step) -> bool:
-    """Whether data picks rows of weights, whose types JAX would have to be told."""
-    return isinstance(step.fact, Lookup)
-
-
 def _moved(x: Any, each: Conversion) -> PartitionSpec:
     """The spec of an operand after a conversion."""
     dims = [tuple(axis for axis in axes_of(entry) if axis not in each.axes) for entry in jax.typeof(x).sharding.spec]
@@ -300,5 +298,7 @@ def _explicit(mesh: Mesh | AbstractMesh) -> AbstractMesh:
 
 
 def _of_batch(leaf: Any, layout: Layout) -> PartitionSpec:
-    rows = layout.batch_spec[0] if leaf.ndim and leaf.shape[0] % layout.batch_ways == 0 else None
-    return PartitionSpec(rows, *[None] * (leaf.ndim - 1)) if leaf.ndim else PartitionSpec()
+    ways = (layout.batch_ways, layout.context_ways)
+    held = zip(leaf.shape, layout.batch_spec, ways, strict=False)
+    lying = [axes if size % count == 0 else None for size, axes, count in held]
+    return PartitionSpec(*lying, *[None] * (leaf.ndim - len(lying)))

@@ -5,7 +5,8 @@ What the two rules of layouts intend:
 * *store*: a weight that is split over `fsdp` is gathered where it meets an activation; rows of a table that is split by
   columns come from where they are stored.
 * *pair*, *vocab*: a product or a lookup over a dimension that the pair rule splits leaves sums to be made.
-* *context*: a product of two activations needs one of them for all tokens, or sums over them.
+* *context*: keys and values go round a ring; any other product of two activations needs one of them for all tokens,
+  or sums over them.
 * *reduction*: sums and maxima over a split dimension, as in a softmax; they are small.
 
 All else is *silent*: the partitioner would move activations or weights without being asked.
@@ -127,6 +128,13 @@ class Provenance:
         """Of the sum that ends what every device does by itself with its part of these weights."""
         reason = f"each device adds what its own part of {self._names(weights)} makes"
         return Origin("pair", reason, weights, *self._place(step, step.outputs[0]))
+
+    def of_ring(self, step: Step, value: Value) -> Origin:
+        """Of keys and values that attention sends from device to device."""
+        sizes = [dim.size for dim in value.dims]
+        return Origin(
+            "context", f"{sizes} go round a ring, for the queries of all", frozenset(), *self._place(step, value)
+        )
 
     def of_lookup(self, step: Step) -> Origin:
         """Of ids and rows on their way to and from the columns of a table."""

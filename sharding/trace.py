@@ -19,8 +19,12 @@ from meshloom.sharding.module import pure, untraceable
 from meshloom.sharding.operators import Operation, fresh, outcome
 from meshloom.sharding.values import Dims, Kind, Meeting, Region, Source, Step, Value
 
-# Operations of `pallas_kernels` that spread themselves over a mesh, by the names of their bodies.
-_BY_THEMSELVES = ("routed_experts", "routed_experts_backward")
+# Operations of `pallas_kernels` that spread themselves over a mesh, by the names of their bodies: those that every
+# device does with its own rows of the batch and its own part of the weights, until one sum ends them, ...
+_ONE_SUM = ("routed_experts", "routed_experts_backward")
+# ... and those whose queries, keys and values may lie over the tokens. With a bias XLA spreads them.
+RING = "attention"
+_ATTENTION = (RING, "biased_attention")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +45,8 @@ class Program:
         parameters: in the order of `jax.tree.leaves` of the module's parameters; `treedef` rebuilds their tree.
         inputs, outputs: arrays that enter and leave.
         steps: in program order.
-        regions: of the steps, in program order; none is in another.
+        regions, attended: of the steps, in program order, none in another: what one sum ends; attention, whose first
+            three inputs are queries, keys and values.
         stacks: leading dimensions of weights that a scan runs over.
         unknown: how often each primitive without a rule was met.
         jaxpr: what was read; it takes the leaves of the state and of the inputs.
@@ -54,6 +59,7 @@ class Program:
     outputs: tuple[Value, ...]
     steps: tuple[Step, ...]
     regions: tuple[Region, ...]
+    attended: tuple[Region, ...]
     stacks: tuple[Dim, ...]
     unknown: collections.Counter
     jaxpr: Any
@@ -98,6 +104,7 @@ def trace(
         tuple(leaving),
         tuple(reader.steps),
         tuple(reader.regions),
+        tuple(reader.attended),
         tuple(reader.stacks),
         reader.unknown,
         jaxpr,
@@ -129,6 +136,7 @@ class _Reader:
     def __init__(self) -> None:
         self.steps: list[Step] = []
         self.regions: list[Region] = []
+        self.attended: list[Region] = []
         self.stacks: list[Dim] = []
         self.unknown: collections.Counter = collections.Counter()
         self._control = {
@@ -160,7 +168,7 @@ class _Reader:
         name, params = equation.primitive.name, equation.params
         if "_prim" in params:  # all operations that are a class of their own are called `call_hi_primitive`
             name = type(params["_prim"]).__name__
-        if name == "jit" and params["name"] in _BY_THEMSELVES:
+        if name == "jit" and params["name"] in (*_ONE_SUM, *_ATTENTION):
             return self._region(equation, inputs)
         if name in self._control:
             return self._control[name](equation, inputs)
@@ -180,7 +188,8 @@ class _Reader:
     def _region(self, equation: Any, inputs: list[Value]) -> list[Value]:
         first = len(self.steps)
         results = self.run(equation.params["jaxpr"].jaxpr, inputs)
-        self.regions.append(Region(first, len(self.steps), tuple(inputs), tuple(results), equation))
+        region = Region(first, len(self.steps), tuple(inputs), tuple(results), equation)
+        (self.regions if region.name in _ONE_SUM else self.attended).append(region)
         return results
 
     def _loop(

@@ -82,8 +82,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """Steps [first, end) of a program that every device does by itself, on its own rows of the batch and its own part
-    of the weights, until one sum ends them: what `pallas_kernels` computes so over a mesh.
+    """Steps [first, end) of a program that `pallas_kernels` spreads over a mesh itself.
 
     Attributes:
         equation: the one whose body the steps are.
@@ -94,3 +93,8 @@ class Region:
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     equation: Any
+
+    @property
+    def name(self) -> str:
+        """Of the operation."""
+        return self.equation.params["name"]

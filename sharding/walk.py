@@ -11,6 +11,7 @@ taken as the larger of the two.
 """
 
 import collections
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -24,12 +25,21 @@ from meshloom.sharding.provenance import Conversion, Origin, Provenance
 from meshloom.sharding.reshaping import reshaped
 from meshloom.sharding.signatures import Signature, signatures
 from meshloom.sharding.submesh import axis_of, factored
-from meshloom.sharding.trace import Program, Step
+from meshloom.sharding.trace import RING, Program, Step
 from meshloom.sharding.values import Kind, Lookup, Meeting, Region, Source, Value
 from meshloom.sharding.work import trips_of
 
 # More bytes than any array has: weights stay where they are.
 _NEVER = 1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ring:
+    """Attention over tokens that lie `over` factors of the mesh; `held` is how its inputs were placed."""
+
+    region: Region
+    over: tuple[str, ...]
+    held: dict[Value, dict[str, State]]
 
 
 class Walk:
@@ -57,6 +67,7 @@ class Walk:
         self._made_in: dict[Value, float] = {}  # how often what makes a value runs
         self._handed_on: set[Value] = set()  # into a loop or out of it: made anew in every trip
         self._trips = trips_of(program)
+        self._share = 1.0  # of the tokens of an array, that one device has of a ring
         self._uses = collections.Counter(value for step in program.steps for value in step.inputs)
         self._uses.update(program.outputs)
 
@@ -65,7 +76,11 @@ class Walk:
         for value in self.program.inputs:
             self.placements[value] = self._as_batch(value)
         regions = {index: region for region in self.program.regions for index in range(region.first, region.end)}
+        attended = {region.first: region for region in self.program.attended if region.name == RING}
+        ring: _Ring | None = None
         for index, step in enumerate(self.program.steps):
+            if region := attended.get(index):
+                ring = self._begin_ring(index, region)
             self._read(step)
             if region := regions.get(index):
                 self._within(index, step, region)
@@ -81,6 +96,9 @@ class Walk:
                 self._operate(index, step)
             for value in (*step.inputs, *step.outputs):
                 self.made.setdefault(value, dict(self.placements[value]))
+            if ring is not None and index + 1 == ring.region.end:
+                self._end_ring(ring)
+                ring = None
         end = Step(self.program.outputs, ())
         for value in self.program.outputs:
             self._reduce(len(self.program.steps), end, value)
@@ -223,6 +241,44 @@ class Walk:
             self._sums[out] = self._provenance.of_region(whole, weights)
             self._reduce(index, whole, out)
 
+    def _begin_ring(self, index: int, region: Region) -> "_Ring | None":
+        """Takes tokens off the axis that splits them, over which keys and values travel: what the steps of attention
+        say of one device's tokens holds for each. None where it is no ring."""
+        queries, keys, values = region.inputs[:3]
+        over = tuple(factor for factor in self.mesh if axis_of(factor) == "context")
+        along = [self.placements.get(each, {}).get(factor) for each in (queries, keys, values) for factor in over]
+        if not over or set(along) != {Split(1)}:
+            return None
+        self._share = 1 / math.prod(self.mesh[factor] for factor in over)
+        whole = Step(region.inputs, region.outputs, equation=region.equation)
+        trips = self._trips_of(whole) * (1 / self._share - 1)
+        for value in (keys, values):
+            ways = math.prod(self.mesh[factor] for factor in self.placements[value] if factor not in over)
+            told = Conversion(
+                index,
+                value,
+                ("context",),
+                Split(1),
+                Split(1),
+                "collective_permute",
+                self._bytes(value) / ways,
+                trips,
+                self._provenance.of_ring(whole, value),
+            )
+            self.conversions.append(told)
+        held = {value: dict(self.placements[value]) for value in region.inputs if value in self.placements}
+        for value, placement in held.items():
+            self.placements[value] = {axis: state for axis, state in placement.items() if axis not in over}
+        return _Ring(region, over, held)
+
+    def _end_ring(self, ring: "_Ring") -> None:
+        """Rows [B, T, N, H] and statistics [B, N, T] lie as the queries do."""
+        self._share = 1.0
+        self.placements |= ring.held
+        for value, tokens in zip(ring.region.outputs, (1, 2), strict=True):
+            self.placements[value] |= dict.fromkeys(ring.over, Split(tokens))
+            self.made[value] = dict(self.placements[value])
+
     def _operate(self, index: int, step: Step) -> None:
         inputs = [self.placements[value] for value in step.inputs]
         for value in step.outputs:
@@ -346,7 +402,7 @@ class Walk:
     # -- reading --
 
     def _bytes(self, value: Value) -> float:
-        return float(math.prod(dim.size for dim in value.dims) * self._item_bytes.get(value, 0))
+        return self._share * math.prod(dim.size for dim in value.dims) * self._item_bytes.get(value, 0)
 
     def _trips_of(self, step: Step) -> float:
         if step.equation is not None:

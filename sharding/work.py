@@ -55,7 +55,7 @@ class Saved:
 
 @dataclasses.dataclass(frozen=True)
 class Attended:
-    """Keys and values of all tokens, which every query may read; values are taken to be as large as keys.
+    """Keys and values of all tokens, which every query may read.
 
     Attributes:
         bytes: of one layer. dims: what a mesh may split of them beside the tokens. layers: how often there are such.
@@ -147,7 +147,7 @@ def _work(program: Program, roles: dict[Dim, Role], *, forward: bool) -> Work:
         counter.reductions(),
         saved,
         tuple(kept) if forward else (),
-        tuple(counter.attended) if forward else (),
+        counter.attended(program.attended) if forward else (),
         own,
     )
 
@@ -170,12 +170,20 @@ class _Counter:
         self.flops: dict[tuple[str, Leaves], float] = collections.defaultdict(float)
         self.activation_bytes: dict[tuple[str, Leaves], float] = collections.defaultdict(float)
         self.weight_bytes: dict[tuple[str, Leaves], float] = collections.defaultdict(float)
-        self.attended: list[Attended] = []
-        self._tokens = program.inputs[0].dims[1].size if program.inputs and len(program.inputs[0].dims) > 1 else 1
         self._trips = trips_of(program)
         self._kernels: set[int] = set()
         self._partial: dict[Value, int] = {}
         self._sums: list[Reduction | None] = []
+
+    def attended(self, regions: Sequence[Region]) -> tuple[Attended, ...]:
+        """The keys and values of each attention."""
+        found = []
+        for region in regions:
+            keys, values = region.equation.invars[1:3]
+            held = frozenset(leaves_of((region.inputs[1].dims[0], *region.inputs[1].dims[2:])))
+            layers, _ = self._trips.get(id(region.equation), (1.0, None))
+            found.append(Attended(_bytes(keys.aval) + _bytes(values.aval), held, layers))
+        return tuple(found)
 
     def reductions(self) -> tuple[Reduction, ...]:
         return tuple(each for each in self._sums if each is not None)
@@ -218,10 +226,6 @@ class _Counter:
             kernel_shape, spec = step.equation.invars[1].aval.shape, step.equation.params["dimension_numbers"].rhs_spec
             amount *= math.prod(kernel_shape[axis] for axis in spec[2:])
         self.flops[group, frozenset(dims)] += trips * amount
-        if group == "attention" and leaves_of(product.contracted) <= self.weights:  # queries with keys
-            first = kernel is None or id(kernel) not in self._kernels
-            layers = trips if kernel is None else trips / kernel.params["length"] * first
-            self._attend(step, product, layers)
         if kernel is not None:
             if id(kernel) not in self._kernels:
                 self._kernels.add(id(kernel))
@@ -236,13 +240,6 @@ class _Counter:
             table[group, frozenset(leaves_of(value.dims))] += trips * _bytes(var.aval)
         if sums:
             self._sum(step, leaves_of(product.contracted), trips)
-
-    def _attend(self, step: Step, product: Product, layers: float) -> None:
-        held = (*product.batch, *product.contracted)
-        item = np.dtype(step.equation.invars[0].aval.dtype).itemsize
-        amount = 2.0 * item * self._tokens * math.prod(dim.size for dim in held)
-        if layers:
-            self.attended.append(Attended(amount, frozenset(leaves_of(held)), layers))
 
     def _group(self, step: Step, product: Product, dims: set[Dim]) -> str:
         roles = {self.roles.get(leaf) for leaf in dims}

@@ -15,7 +15,7 @@ from meshloom.pallas_kernels.attention import (
 )
 from meshloom.pallas_kernels.attention.kernel import Kernel, Scoring, row_products, sinks_gradient, with_sinks
 from meshloom.pallas_kernels.attention.spec import Mask
-from meshloom.pallas_kernels.dispatch import Implementation
+from meshloom.pallas_kernels.dispatch import Implementation, as_one
 
 ATTENTION = (
     Implementation(
@@ -40,7 +40,13 @@ def attend(kernel: Kernel, scoring: Scoring, q, k, v, bias, sinks, mask: Mask):
 
 
 def _attend_fwd(kernel: Kernel, scoring: Scoring, q, k, v, bias, sinks, mask: Mask):
-    out, lse = kernel.forward(q, k, v, bias, mask, scoring, q.dtype)
+    def attention(q, k, v, mask):
+        return kernel.forward(q, k, v, None, mask, scoring, q.dtype)
+
+    def biased_attention(q, k, v, mask, bias):
+        return kernel.forward(q, k, v, bias, mask, scoring, q.dtype)
+
+    out, lse = as_one(attention, q, k, v, mask) if bias is None else as_one(biased_attention, q, k, v, mask, bias)
     if sinks is not None:
         out, lse = with_sinks(out, lse, sinks)
     return out, (q, k, v, bias, sinks, mask, out, lse)

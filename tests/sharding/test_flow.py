@@ -92,8 +92,10 @@ def test_a_dense_decoder_moves_the_bytes_that_the_compiler_moves(axes):
     ],
 )
 def test_so_do_its_variants(config, axes):
+    """Over context, keys and values go round a ring."""
     said = flow_of(decoder(config), TOKENS, **axes)
-    assert said.bytes_by_kind() == bytes_by_kind(compiled(decoder(config), TOKENS, **axes))
+    assert said.bytes_by_kind() == bytes_by_kind(compiled(decoder(config), TOKENS, in_scope=True, **axes))
+    assert ("collective_permute" in said.bytes_by_kind()) == ("context" in axes)
     assert not said.silent
 
 
@@ -138,9 +140,13 @@ def test_every_conversion_of_a_decoder_has_its_rule():
         ("store", "all_to_all", ("fsdp",)),
         ("vocab", "all_reduce", ("tensor",)),
         ("pair", "all_reduce", ("tensor",)),
-        ("context", "all_gather", ("context",)),
+        ("context", "collective_permute", ("context",)),
     }
     assert {each.trips for each in said.conversions} == {1, SIZES["n_layers"]}
+    assert (
+        "[8, 16, 4, 8] go round a ring"
+        in {each.origin.cause: each.origin.reason for each in said.conversions}["context"]
+    )
 
 
 def test_a_conversion_names_the_line_of_the_module():

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Int
 
+from meshloom.pallas_kernels.dispatch import as_one
 from meshloom.pallas_kernels.matmul.experts import local
 from meshloom.pallas_kernels.matmul.experts.exchange import expert_parallel
 from meshloom.pallas_kernels.matmul.experts.spread import Spread, by_rows
@@ -69,7 +70,7 @@ def _forward(static: Static, *arrays: Any) -> Any:
         run = functools.partial(local.forward, static.activation)
         return local.flat(run, *arrays) if static.spread is None else static.spread.forward(run, *arrays)
 
-    return _as_one(routed_experts, *arrays)
+    return as_one(routed_experts, *arrays)
 
 
 def _fwd(static: Static, x, weights, chosen, gate, up, down):
@@ -82,14 +83,8 @@ def _bwd(static: Static, residuals, d_out):
         run = functools.partial(local.backward, static.activation)
         return local.flat(run, *arrays) if static.spread is None else static.spread.backward(run, *arrays)
 
-    dx, d_weights, *d_matrices = _as_one(routed_experts_backward, *residuals, d_out)
+    dx, d_weights, *d_matrices = as_one(routed_experts_backward, *residuals, d_out)
     return dx, d_weights, None, *d_matrices
-
-
-def _as_one(function: Callable[..., Any], *arrays: Any) -> Any:
-    """One equation of its own in programs that are traced, by whose name derivations know what stays on a device."""
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arrays))
-    return (jax.jit(function) if traced else function)(*arrays)
 
 
 apply.defvjp(_fwd, _bwd)

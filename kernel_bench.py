@@ -58,20 +58,22 @@ def _comparison(target: str, folder: pathlib.Path) -> tuple[int, Iterator[Any]]:
         if (missing := compiler_missing(devices)) is not None:
             raise ConfigError(missing)
         dump_bundles(folder)  # before anything below loads the compiler
-    from meshloom.pallas_kernels import bench, bench_cpu, bench_products
+    from meshloom.pallas_kernels.bench import attention, cpu, experts, products
 
     if target == "cpu":
-        return bench_cpu.CPU_ROWS, bench_cpu.kernels_on_cpu()
-    found = itertools.chain(bench.attention_on_tpu(devices, folder), bench_products.products_on_tpu(devices, folder))
-    return bench.TPU_ROWS + bench_products.PRODUCT_ROWS, found
+        return cpu.CPU_ROWS, cpu.kernels_on_cpu()
+    parts = (attention.attention_on_tpu, products.products_on_tpu, experts.experts_on_tpu)
+    found = itertools.chain.from_iterable(part(devices, folder) for part in parts)
+    return attention.ATTENTION_ROWS + products.PRODUCT_ROWS + experts.EXPERT_ROWS, found
 
 
 def _table(target: str, rows: list[dict[str, Any]]) -> Table:
     headings = {
         "tile_cycles": "cycles per 128x128x128",
         "peak_share": "of the peak",
-        "cycles": "cycles per head",
+        "cycles": "cycles",
         "spills": "spills",
+        "hbm": "HBM bytes over least",
         "seconds": "seconds",
         "times_peer": "times the peer",
     }

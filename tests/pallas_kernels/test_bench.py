@@ -11,8 +11,9 @@ import pytest
 from meshloom import cli
 from meshloom.core.bundles import Region
 from meshloom.kernel_bench import bench_kernels
-from meshloom.pallas_kernels import bench, bench_cpu, bench_products
 from meshloom.pallas_kernels.attention.visits import Blocks
+from meshloom.pallas_kernels.bench import attention, cpu, experts, products
+from meshloom.pallas_kernels.matmul.grouped.tiles import Tiles
 from meshloom.pallas_kernels.matmul.quantized import blocks as quantized
 from meshloom.pallas_kernels.matmul.quantized.spec import MatmulSpec
 from tests.compilers import needs_tpu
@@ -24,7 +25,7 @@ def test_cycles_are_bundles_times_how_often_they_run():
     diagonal, partly, plain = (Region(3 + n, 100 * (n + 1), False, {"bf16": 4}, n, 0) for n in range(3))
     blocks = Blocks(512, 512, 128, 128)
     regions = [loop, begin, diagonal, partly, plain]
-    figures = bench._figures("op", "ours", regions, [4, 0, 6], blocks, 2, peak=100)
+    figures = attention._figures("op", "ours", regions, [4, 0, 6], blocks, 2, peak=100)
     assert figures.cycles == 4 * 100 + 6 * 300 + 10 * 10 + 4 * 5
     assert figures.tile_cycles == 300 / 2
     assert figures.peak_share == 100 / 150
@@ -33,7 +34,8 @@ def test_cycles_are_bundles_times_how_often_they_run():
 
 def test_no_product_is_faster_than_the_matrix_unit():
     region = Region(1, bundles=100, loops=False, matmuls={"bf16": 64}, spills=0, fills=0)
-    assert bench._figures("op", "peer", [region], [3], Blocks(128, 128, 128, 128), 2, peak=None).cycles == 3 * 64 * 4
+    figures = attention._figures("op", "peer", [region], [3], Blocks(128, 128, 128, 128), 2, peak=None)
+    assert figures.cycles == 3 * 64 * 4
 
 
 def test_rows_are_rounded_once_and_multiplied_for_every_block_of_columns():
@@ -42,22 +44,36 @@ def test_rows_are_rounded_once_and_multiplied_for_every_block_of_columns():
     product = Region(3, bundles=100, loops=False, matmuls={"s8": 4}, spills=7, fills=0)
     spec = MatmulSpec((128, 256), (512, 256), activations="int8")
     blocks = quantized.Blocks(rows=64, columns=256, chunk=128)
-    figures = bench_products._figures("op", [rounding, ends, product], spec, blocks, {"s8": 4})
+    figures = products._figures("op", [rounding, ends, product], spec, blocks, {"s8": 4}, held=512 * 256)
     assert figures.cycles == 2 * 2 * (2 * 100 + 5) + 2 * 2 * 30
     assert figures.peak_share == 4 * 8 / figures.cycles
     assert figures.spills == 7
+    rows = 128 * (256 + 512) * 4
+    assert figures.hbm == (rows + 2 * 512 * 256) / (rows + 512 * 256)
+
+
+def test_a_weight_is_read_once_for_its_group_where_a_row_is_multiplied_whole():
+    products = [Region(n, bundles, False, {"bf16": 4}, 1, 0) for n, bundles in ((1, 1000), (2, 900))]
+    other = Region(3, bundles=10, loops=True, matmuls={}, spills=0, fills=0)
+    looped = experts._figures("op", "ours", [other, products[0]], Tiles(512, 1792, 4096, 1024), {"bf16": 8})
+    assert looped.cycles == 16 * 8 * (4 * 1000 + 10)
+    stepped = experts._figures("op", "peer", [other, *products], Tiles(512, 1024, 1024, 1024), {"bf16": 8})
+    assert stepped.cycles == 16 * 14 * (1000 + 3 * 900 + 4 * 10)
+    x, w, out = 8192 * 4096, 8 * 14336 * 4096, 8192 * 14336
+    assert looped.hbm == (8 * x + w + out) / (x + w + out)
+    assert stepped.hbm == (14 * x + 2 * w + out) / (x + w + out)
 
 
 def test_our_visits_are_the_pairs_on_and_below_the_diagonal():
-    assert bench._visits(Blocks(4096, 4096, 1024, 1024), by=0) == [4, 0, 6]
-    assert bench._visits(Blocks(4096, 4096, 1024, 1024), by=1) == [4, 0, 6]
+    assert attention._visits(Blocks(4096, 4096, 1024, 1024), by=0) == [4, 0, 6]
+    assert attention._visits(Blocks(4096, 4096, 1024, 1024), by=1) == [4, 0, 6]
 
 
 def test_the_cpu_is_timed_beside_xla(monkeypatch, capsys):
-    small = functools.partial(bench_cpu.kernels_on_cpu, tokens=64, size=64, rows=32)
-    monkeypatch.setattr(bench_cpu, "kernels_on_cpu", small)
+    small = functools.partial(cpu.kernels_on_cpu, tokens=64, size=64, rows=32)
+    monkeypatch.setattr(cpu, "kernels_on_cpu", small)
     rows = bench_kernels(cli.BenchKernels(target="cpu"))["kernels"]
-    assert len(rows) == bench_cpu.CPU_ROWS
+    assert len(rows) == cpu.CPU_ROWS
     assert [row["kernel"] for row in rows[:2]] == ["jax.nn.dot_product_attention", "meshloom chunked"]
     assert [row["kernel"] for row in rows[4:6]] == ["XLA, float32", "meshloom int8 by int8"]
     for row in rows:

@@ -1,4 +1,4 @@
-"""Quantized products by the TPU compiler's schedules, as `bench` has attention: needs no TPU, and sees no waits."""
+"""Quantized products by the TPU compiler's schedules."""
 
 import pathlib
 from collections.abc import Iterator
@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from meshloom.core.ahead import target_devices
 from meshloom.core.bundles import Region, kernel_regions
 from meshloom.core.topology import Devices, make_mesh
-from meshloom.pallas_kernels.bench import KernelFigures, compile_for, cycles_of
+from meshloom.pallas_kernels.bench.figures import TILE_CYCLES, KernelFigures, compile_for, cycles_of
+from meshloom.pallas_kernels.matmul.qarray import QArray
 from meshloom.pallas_kernels.matmul.quantized import quantized_matmul
 from meshloom.pallas_kernels.matmul.quantized.blocks import ROWS, Blocks, blocks_of
 from meshloom.pallas_kernels.matmul.quantized.formats import quantize
@@ -20,8 +21,6 @@ SIZE = 4096
 ROW_COUNTS = (16, 512, 2048)
 FORMATS = (("int8", "int8"), ("int4_128", "float"))  # of weights and of rows
 PRODUCT_ROWS = len(ROW_COUNTS) * len(FORMATS)
-# Cycles of a core for a product of 128 x 128 x 128 whose sums are long enough to fill its arrays, by dtype multiplied.
-_TILE_CYCLES = {"v5e": {"bf16": 32, "s8": 16}, "v5p": {"bf16": 32, "s8": 16}, "v6e": {"bf16": 8, "s8": 4}}
 
 
 def products_on_tpu(devices: Devices, folder: pathlib.Path) -> Iterator[KernelFigures]:
@@ -50,15 +49,23 @@ def products_on_tpu(devices: Devices, folder: pathlib.Path) -> Iterator[KernelFi
             blocks = blocks_of(spec)
             assert blocks is not None  # or the compiler would have had nothing to do
             op = f"{format} by rows in {'bfloat16' if activations == 'float' else activations}, {count} rows"
-            peaks = _TILE_CYCLES.get(devices.platform)
-            yield _figures(op, kernel_regions(folder, "quantized_matmul"), spec, blocks, peaks)
+            peaks = TILE_CYCLES.get(devices.platform)
+            yield _figures(op, kernel_regions(folder, "quantized_matmul"), spec, blocks, peaks, _bytes_of(w))
+
+
+def _bytes_of(w: QArray) -> float:
+    """Of integers, some of half a byte, which JAX counts as one, and scales."""
+    return w.values.size * jnp.iinfo(w.values.dtype).bits / 8 + w.scales.size * w.scales.dtype.itemsize
 
 
 def _figures(
-    op: str, regions: list[Region], spec: MatmulSpec, blocks: Blocks, peaks: dict[str, int] | None
+    op: str, regions: list[Region], spec: MatmulSpec, blocks: Blocks, peaks: dict[str, int] | None, held: float | int
 ) -> KernelFigures:
     """All regions run once for each block of the result, but products once for each chunk of a row's numbers, and what
     rounds rows to int8, the longest other region, once for 32 of them.
+
+    Args:
+        held: bytes of the weights, which pass once for every block of rows.
     """
     (count, size), columns = spec.x, spec.w[0]
     down, across = -(-count // blocks.rows), -(-columns // blocks.columns)
@@ -70,4 +77,6 @@ def _figures(
     tiles = count * columns * size / 128**3
     share = None if peaks is None else peaks[next(iter(product.matmuls))] * tiles / cycles
     label = f"meshloom {blocks.rows}x{blocks.columns}x{blocks.chunk}"
-    return KernelFigures(op, label, cycles / tiles, share, float(cycles), product.spills)
+    rows = count * (size + columns) * jnp.dtype(spec.dtype).itemsize
+    hbm = (rows + down * held) / (rows + held)
+    return KernelFigures(op, label, cycles / tiles, share, float(cycles), product.spills, hbm)

@@ -1,9 +1,5 @@
-"""The TPU kernels against those that people use today, in one run, by the compiler's schedules.
+"""Attention by the TPU compiler's schedules, beside JAX's splash attention at its best block sizes."""
 
-No TPU is needed: bundles are cycles unless something waits. What the estimate does not see is said in docs/kernels.md.
-"""
-
-import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,45 +12,21 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from meshloom.core.ahead import target_devices
 from meshloom.core.bundles import Region, kernel_regions
-from meshloom.core.compile import without_compilation_cache
 from meshloom.core.topology import Devices, make_mesh
 from meshloom.pallas_kernels.attention import Mask, attention, mosaic_tpu, mosaic_tpu_backward
 from meshloom.pallas_kernels.attention.visits import MASKED_IN_PART, Blocks
+from meshloom.pallas_kernels.bench.figures import KernelFigures, compile_for, cycles_of
 
 TOKENS, HEADS, HEAD_DIM = 4096, 8, 128
 TILE = 128
 # Cycles of a core for a product of 128 x 128 x 128 in bfloat16, where 128 is what is summed over or the width: v5e and
 # v5p have four arrays of 128 x 128, v6e two of 256 x 256 that take two rows a cycle, half empty at 128.
-TILE_CYCLES = {"v5e": 32, "v5p": 32, "v6e": 16}
-# Cycles that all arrays of a core together take for one push of 16 rows of bfloat16. On v5e schedules of transposed
-# products are shorter than that (8,780 bundles for 2,560 pushes): the arrays make the core wait.
-PUSH_CYCLES = 4
+_TILE_CYCLES = {"v5e": 32, "v5p": 32, "v6e": 16}
 # Block sizes (queries, keys, keys at a time) in which splash attention was fastest here, and whether its backward pass
 # is one kernel or two.
 SPLASH = (((1024, 1024, 512), False), ((1024, 1024, 512), True), ((1024, 1024, 1024), False))
 # Rows that the comparison makes.
-TPU_ROWS = 2 + sum(1 if fused else 2 for _, fused in SPLASH)
-
-
-@dataclasses.dataclass(frozen=True)
-class KernelFigures:
-    """One kernel's schedule.
-
-    Attributes:
-        op: what it computes. kernel: whose, and its block sizes.
-        tile_cycles: cycles per product of 128 x 128 x 128, in the region for pairs of blocks that are not masked; of
-            quantized products, of all.
-        peak_share: of the matrix unit's peak at this head size, by these cycles; None where the peak is not known.
-        cycles: for one head, or for the product, estimated.
-        spills: vector registers written to memory in that region.
-    """
-
-    op: str
-    kernel: str
-    tile_cycles: float
-    peak_share: float | None
-    cycles: float
-    spills: int
+ATTENTION_ROWS = 2 + sum(1 if fused else 2 for _, fused in SPLASH)
 
 
 def attention_on_tpu(devices: Devices, folder: pathlib.Path) -> Iterator[KernelFigures]:
@@ -65,7 +37,7 @@ def attention_on_tpu(devices: Devices, folder: pathlib.Path) -> Iterator[KernelF
     """
     mesh = make_mesh({"fsdp": 1}, target_devices(devices)[:1])
     whole = jax.NamedSharding(mesh, jax.P())
-    peak = TILE_CYCLES.get(devices.platform)
+    peak = _TILE_CYCLES.get(devices.platform)
     x = jax.ShapeDtypeStruct((1, TOKENS, HEADS, HEAD_DIM), jnp.bfloat16, sharding=whole)
     compile_for(mesh, jax.grad(lambda q, k, v: _sum(attention(q, k, v, mask=Mask())), argnums=(0, 1, 2)), x, x, x)
     for op, module, name, products, by in (
@@ -94,12 +66,6 @@ def attention_on_tpu(devices: Devices, folder: pathlib.Path) -> Iterator[KernelF
 
 def _sum(x: Any) -> Any:
     return jnp.sum(x.astype(jnp.float32))
-
-
-def compile_for(mesh: Any, function: Callable[..., Any], *arguments: Any) -> None:
-    """Compiles, never from a cache, so that schedules are written."""
-    with jax.set_mesh(mesh), without_compilation_cache():
-        jax.jit(function).lower(*arguments).compile()
 
 
 def _splash(sizes: tuple[int, int, int], fused: bool) -> Callable[..., Any]:
@@ -144,9 +110,4 @@ def _figures(
         if not region.matmuls:
             cycles += region.bundles * (steps if region.loops else blocks.counts[0])
     share = None if peak is None else peak / tile_cycles
-    return KernelFigures(op, kernel, tile_cycles, share, float(cycles), sum(region.spills for region in plain))
-
-
-def cycles_of(region: Region) -> int:
-    """Bundles of a region, or what the matrix unit takes for its products if that is longer."""
-    return max(region.bundles, PUSH_CYCLES * region.matmuls.get("bf16", 0))
+    return KernelFigures(op, kernel, tile_cycles, share, float(cycles), sum(region.spills for region in plain), None)

@@ -1,0 +1,111 @@
+"""Grouped products by the TPU compiler's schedules, beside JAX's megablox."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import megablox
+
+from meshloom.core.ahead import target_devices
+from meshloom.core.bundles import Region, kernel_regions
+from meshloom.core.topology import Devices, make_mesh
+from meshloom.pallas_kernels.bench.figures import TILE_CYCLES, KernelFigures, compile_for, cycles_of
+from meshloom.pallas_kernels.matmul.grouped import GroupedSpec, grouped_matmul
+from meshloom.pallas_kernels.matmul.grouped.tiles import Tiles, product_tiles
+
+# Mixtral's up projection: 1,024 rows for each expert.
+ROWS, EXPERTS, CONTRACTED, COLUMNS = 8192, 8, 4096, 14336
+# Rows, numbers contracted and columns at a time in which megablox was fastest here. Its default, 128 of each, takes 32
+# times as many visits as the first.
+TILINGS = ((512, 1024, 1024), (512, 4096, 512), (256, 4096, 512))
+# Rows that the comparison makes.
+EXPERT_ROWS = 1 + len(TILINGS)
+
+
+def experts_on_tpu(devices: Devices, folder: pathlib.Path) -> Iterator[KernelFigures]:
+    """8,192 rows of 4,096 bfloat16 numbers, of eight experts in equal parts, by 14,336 x 4,096 weights as they are
+    stored.
+
+    What megablox has no fast memory for has no figures.
+
+    Args:
+        devices: one chip. folder: where libtpu leaves its schedules (`core.bundles.dump_bundles`).
+    """
+    mesh = make_mesh({"fsdp": 1}, target_devices(devices)[:1])
+    whole = jax.NamedSharding(mesh, jax.P())
+    x = jax.ShapeDtypeStruct((ROWS, CONTRACTED), jnp.bfloat16, sharding=whole)
+    w = jax.ShapeDtypeStruct((EXPERTS, COLUMNS, CONTRACTED), jnp.bfloat16, sharding=whole)
+    sizes = jax.ShapeDtypeStruct((EXPERTS,), jnp.int32, sharding=whole)
+    peaks = TILE_CYCLES.get(devices.platform)
+    op = f"{EXPERTS} experts, {ROWS} rows"
+
+    def ours(x, w, sizes):
+        return grouped_matmul(x, w, sizes, transposed=True, implementation="mosaic_tpu")
+
+    compile_for(mesh, ours, x, w, sizes)
+    tiles = product_tiles(GroupedSpec.of(x, w, sizes, True))
+    assert tiles is not None  # or the compiler would have had nothing to do
+    label = f"meshloom {tiles.rows}x{tiles.contracted}x{tiles.columns}"
+    yield _figures(op, label, kernel_regions(folder, "grouped_matmul"), tiles, peaks)
+
+    for tiling in TILINGS:
+
+        def theirs(x, w, sizes, tiling=tiling):
+            return megablox.gmm(x, w, sizes, jnp.bfloat16, tiling, transpose_rhs=True)
+
+        label = f"megablox {'x'.join(map(str, tiling))}"
+        try:
+            compile_for(mesh, theirs, x, w, sizes)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            yield KernelFigures(op, f"{label}: no room", None, None, None, None, None)
+            continue
+        rows, contracted, columns = tiling
+        yield _figures(op, label, kernel_regions(folder, "gmm"), Tiles(rows, columns, contracted, contracted), peaks)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Visits:
+    """How often a kernel with these tiles does what; groups begin and end with tiles of rows."""
+
+    tiles: Tiles
+
+    @property
+    def across(self) -> int:
+        return -(-COLUMNS // self.tiles.columns)
+
+    @property
+    def down(self) -> int:
+        return ROWS // self.tiles.rows
+
+    @property
+    def steps(self) -> int:
+        return CONTRACTED // self.tiles.contracted
+
+    @property
+    def bytes(self) -> float:
+        """Of bfloat16 read and written. With all numbers of a row at once a weight stays while its rows pass."""
+        weights = EXPERTS if self.steps == 1 else self.down
+        return 2.0 * (self.across * ROWS * CONTRACTED + weights * COLUMNS * CONTRACTED + ROWS * COLUMNS)
+
+
+def _figures(op: str, kernel: str, regions: list[Region], tiles: Tiles, peaks: dict[str, int] | None) -> KernelFigures:
+    """A loop around the products runs once for every chunk; of two regions with products the first ends a visit. All
+    other regions count once for every step, those that no visit here takes among them (rows of no group: 4 % of ours).
+    """
+    visits = _Visits(tiles)
+    products = [region for region in regions if region.matmuls]
+    chunks = tiles.contracted // tiles.chunk
+    last, *others = products
+    multiplied = cycles_of(last) * chunks * (1 if others else visits.steps)
+    multiplied += sum(map(cycles_of, others)) * (visits.steps - 1)
+    beside = visits.steps * sum(region.bundles for region in regions if not region.matmuls)
+    cycles = visits.across * visits.down * (multiplied + beside)
+    products_of_tile = ROWS * CONTRACTED * COLUMNS / 128**3
+    share = None if peaks is None else peaks["bf16"] * products_of_tile / cycles
+    least = 2.0 * (ROWS * CONTRACTED + EXPERTS * COLUMNS * CONTRACTED + ROWS * COLUMNS)
+    spills = sum(region.spills for region in products)
+    return KernelFigures(op, kernel, cycles / products_of_tile, share, float(cycles), spills, visits.bytes / least)

@@ -53,6 +53,7 @@ def test_simulated_devices_share_the_measured_processor_equally():
 
 def test_only_a_cpu_is_measured_to_plan_for_it(monkeypatch):
     monkeypatch.setattr(topology, "measured_cpu", lambda: MEASURED)
+    jax.devices()  # else what is asked here would be what the other tests of this process run on
     assert measured_chip(parse_devices("cpu:4")) == cpu_chip(4, MEASURED)
     assert measured_chip(parse_devices("v5e:2x2")) is None
     assert measured_chip(parse_devices("local")) is None

@@ -135,9 +135,17 @@ def select(
 
 
 def as_one(function: Callable[..., Any], *arrays: Any) -> Any:
-    """`function(*arrays)`: in programs that are traced one equation, by whose name derivations know what is in it."""
+    """`function(*arrays)`: in programs that are traced one equation, by whose name derivations know what is in it.
+
+    The name is `meshloom.` and that of the function, which no function of a user's has.
+    """
+
+    def named(*arrays: Any) -> Any:
+        return function(*arrays)
+
+    named.__name__ = f"meshloom.{function.__name__}"
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arrays))
-    return (jax.jit(function) if traced else function)(*arrays)
+    return (jax.jit(named) if traced else function)(*arrays)
 
 
 def _facts(spec: Any) -> str:

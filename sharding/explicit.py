@@ -239,7 +239,7 @@ class _Types:
         return [made[var] for var in jaxpr.outvars if var in made]
 
     def _trust(self, equation: Any, operands: list[Any], values: Sequence[Value]) -> list[Any]:
-        self.trusted[equation.params.get("name", equation.primitive.name)] += 1
+        self.trusted[equation.params.get("name", equation.primitive.name).removeprefix("meshloom.")] += 1
         specs = [spec for value in values if (spec := self._spec(value)) is not None]
         if len(specs) != len(equation.outvars):
             line, name = source_of(equation)[0] or self._line() or "the forward pass", equation.primitive.name

@@ -21,10 +21,10 @@ from meshloom.sharding.values import Dims, Kind, Meeting, Region, Source, Step, 
 
 # Operations of `pallas_kernels` that spread themselves over a mesh, by the names of their bodies: those that every
 # device does with its own rows of the batch and its own part of the weights, until one sum ends them, ...
-_ONE_SUM = ("routed_experts", "routed_experts_backward")
+_ONE_SUM = ("meshloom.routed_experts", "meshloom.routed_experts_backward")
 # ... and those whose queries, keys and values may lie over the tokens. With a bias XLA spreads them.
-RING = "attention"
-_ATTENTION = (RING, "biased_attention")
+RING = "meshloom.attention"
+_ATTENTION = (RING, "meshloom.biased_attention")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -132,6 +132,26 @@ def test_the_sum_over_experts_is_told_with_its_weights_and_place():
 # -- why --
 
 
+class Named(nnx.Module):
+    """Something of a user's that is called as our attention is."""
+
+    def __init__(self):
+        self.query, self.key = modules.weight(modules.D, modules.D), modules.weight(modules.D, modules.D)
+
+    def __call__(self, x):
+        @jax.jit
+        def attention(q, k):
+            return jax.nn.softmax(q @ k.swapaxes(1, 2)) @ k
+
+        return attention(x @ self.query, x @ self.key)
+
+
+def test_what_a_function_of_a_user_s_is_called_decides_nothing():
+    said = flow_of(Named, HIDDEN, fsdp=2, context=2)
+    assert "collective_permute" not in said.bytes_by_kind()
+    assert ("context", "all_gather") in {(each.origin.cause, each.collective) for each in said.conversions}
+
+
 def test_every_conversion_of_a_decoder_has_its_rule():
     said = flow_of(decoder(SCANNED), TOKENS, fsdp=2, context=2, tensor=2)
     causes = {(each.origin.cause, each.collective, each.axes) for each in said.conversions}

@@ -113,7 +113,7 @@ class _Reader:
         for each in self.known.conversions if self.uses else ():
             depth, run = self.depth[each.value], self._run_at(each.step)
             if each.step < len(self.steps) and each.before != PARTIAL:
-                depth = max((self.depth[value] for value in self.steps[each.step].outputs), default=depth)
+                depth = max([depth, *(self.depth[value] for value in self.steps[each.step].outputs)])
             if each.value.kind != Kind.WEIGHT:
                 between[self._column_before(run, depth)].append(each)
                 continue

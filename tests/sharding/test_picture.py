@@ -28,9 +28,11 @@ SIZES = {"vocab_size": 64, "d_model": 32, "n_layers": 4, "n_heads": 8, "n_kv_hea
 TOKENS = jax.ShapeDtypeStruct((8, 16), jnp.int32)
 HIDDEN = jax.ShapeDtypeStruct((8, 16, modules.D), jnp.float32)
 IMAGES = jax.ShapeDtypeStruct((8, 16, 16, 3), jnp.float32)
+DENSE = DecoderConfig(**SIZES, scan_layers=True)
 CONFIG = DecoderConfig(**SIZES, moe=MoEConfig(4, 2, 32), scan_layers=True)
 CASES = {
     "experts": (lambda: Decoder(CONFIG, rngs=nnx.Rngs(0)), TOKENS, ("fsdp", "expert")),
+    "tokens": (lambda: Decoder(DENSE, rngs=nnx.Rngs(0)), TOKENS, ("fsdp", "context")),
     "vision": (test_vision.VisionTransformer, IMAGES, ("fsdp", "tensor")),
     "residual network": (test_vision.ResidualNetwork, IMAGES, ("fsdp", "tensor")),
     "latent attention": (modules.LatentAttention, HIDDEN, ("fsdp", "tensor")),
@@ -124,6 +126,17 @@ def test_what_a_pair_produces_is_split_between_its_weights_and_summed_after_them
     assert [(each.collective, each.axes, each.cause) for each in last.moved] == [("all_reduce", ("tensor",), "pair")]
     [gathered] = last.weights[0].moved
     assert (gathered.collective, gathered.bytes) == ("all_gather", 4 * 32 * 32)
+
+
+def test_a_ring_of_keys_and_values_is_shown_between_what_makes_them_and_what_follows(flows):
+    shown = sketch(flows["tokens"])
+    attention = next(branch for frame in shown.frames for branch in frame.branches if branch.title == "attention")
+    first, last = attention.columns
+    assert [weight.name for weight in last.weights] == ["attention.out"]
+    keys_and_values = 2 * (8 // 4) * (16 // 2) * 4 * 8 * 4
+    assert [(each.collective, each.axes, each.bytes) for each in first.moved] == [
+        ("collective_permute", ("context",), keys_and_values)
+    ]
 
 
 def test_a_scanned_weight_is_counted_for_one_layer(flows):

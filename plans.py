@@ -82,15 +82,18 @@ def _refuse_others(command: cli.Plan, kind: str) -> None:
     ]
     for name in given:
         if name not in allowed:
-            owner = next(other for other, names in _FLAGS.items() if name in names)
+            owners = [other for other, names in _FLAGS.items() if name in names]
             asks = {
                 "training plan": "say its --batch-tokens",
                 "serving plan": "say its --requests",
                 "purchase": "say --cheapest",
             }
+            advice = asks.get(owners[0])
+            if (name, kind) == ("devices", "purchase"):
+                advice = "it chooses devices itself, among --offers"
             raise ConfigError(
-                f"--{name.replace('_', '-')}: of a {owner}, and this is a {kind}"
-                + (f"; {asks[owner]}" if owner in asks else "")
+                f"--{name.replace('_', '-')}: of a {' or '.join(owners)}, and this is a {kind}"
+                + ("" if advice is None else f"; {advice}")
             )
 
 

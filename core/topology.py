@@ -321,7 +321,9 @@ def _sizes(axes: str | dict[str, int], count: int) -> dict[str, int]:
     sizes = _fill_rest(sizes, count)
     product = math.prod(sizes.values())
     if product != count:
-        raise ShardingError(f"mesh {sizes} needs {product} devices; there are {count}")
+        raise ShardingError(
+            f"mesh {sizes} needs {product} devices; there are {count}: the product must be {count}; one may be -1"
+        )
     return {name: sizes[name] for name in AXES if name in sizes}
 
 

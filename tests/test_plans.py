@@ -142,7 +142,11 @@ def test_the_cheapest_purchase_follows_the_prices(capsys):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ("tiny --requests 256:64 --mesh fsdp=2", "--mesh: of a layout, and this is a serving plan"),
+        ("tiny --requests 256:64 --mesh fsdp=2", "--mesh: of a layout or training plan, and this is a serving plan"),
+        (
+            "tiny --devices v5e:2x2 --cheapest --requests 256:64",
+            "this is a purchase; it chooses devices itself, among --offers",
+        ),
         ("tiny --batch-tokens 4096 --slo ttft=1,tpot=1", "--slo: of a serving plan, and this is a training plan"),
         ("tiny --cheapest", "--cheapest needs --requests"),
         ("tiny --devices v5e:2x2 --requests 256:64 --executable s.bin", "--executable: of a training plan"),

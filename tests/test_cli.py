@@ -77,7 +77,10 @@ def test_the_version_is_printed(capsys):
         (["info", "extra"], "meshloom info does not take 'extra'; `meshloom info --help` lists what it takes"),
         (["serve", "--port", "65536"], "port must lie in 0..65535; got 65536"),
         (["generate", "--top-p", "0"], "top_p must lie in (0, 1]; got 0.0"),
-        (["plan", "tiny", "--devices", "cpu:8", "--mesh", "fsdp=3"], "mesh {'fsdp': 3} needs 3 devices; there are 8"),
+        (
+            ["plan", "tiny", "--devices", "cpu:8", "--mesh", "fsdp=3"],
+            "mesh {'fsdp': 3} needs 3 devices; there are 8: the product must be 8; one may be -1",
+        ),
         (["info", "--config", "missing.toml"], "cannot read missing.toml: No such file or directory"),
     ],
 )

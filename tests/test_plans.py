@@ -147,7 +147,10 @@ def test_the_cheapest_purchase_follows_the_prices(capsys):
             "tiny --devices v5e:2x2 --cheapest --requests 256:64",
             "this is a purchase; it chooses devices itself, among --offers",
         ),
-        ("tiny --batch-tokens 4096 --slo ttft=1,tpot=1", "--slo: of a serving plan, and this is a training plan"),
+        (
+            "tiny --batch-tokens 4096 --slo ttft=1,tpot=1",
+            "--slo: of a serving plan or purchase, and this is a training plan",
+        ),
         ("tiny --cheapest", "--cheapest needs --requests"),
         ("tiny --devices v5e:2x2 --requests 256:64 --executable s.bin", "--executable: of a training plan"),
         ("tiny --devices v5e:2x2 --requests 256:64 --out /no/plan.json", "cannot write the plan to /no/plan.json"),

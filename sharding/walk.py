@@ -243,11 +243,12 @@ class Walk:
 
     def _begin_ring(self, index: int, region: Region) -> "_Ring | None":
         """Takes tokens off the axis that splits them, over which keys and values travel: what the steps of attention
-        say of one device's tokens holds for each. None where it is no ring."""
+        say of one device's tokens holds for each. None where it is no ring: a device of one has whole heads."""
         queries, keys, values = region.inputs[:3]
         over = tuple(factor for factor in self.mesh if axis_of(factor) == "context")
         along = [self.placements.get(each, {}).get(factor) for each in (queries, keys, values) for factor in over]
-        if not over or set(along) != {Split(1)}:
+        whole_heads = queries.dims[2].size % self.layout.mesh.shape.get("tensor", 1) == 0
+        if not over or set(along) != {Split(1)} or not whole_heads:
             return None
         self._share = 1 / math.prod(self.mesh[factor] for factor in over)
         whole = Step(region.inputs, region.outputs, equation=region.equation)

@@ -27,7 +27,7 @@ class KernelFigures:
         op: what it computes. kernel: whose, and its block sizes.
         tile_cycles: cycles per product of 128 x 128 x 128, in the region for pairs of blocks that are not masked; of
             products of other kinds, of all.
-        peak_share: of the matrix unit's peak at this head size, by these cycles; None where the peak is not known.
+        peak_share: of the matrix unit's peak at these sizes, by these cycles; None where the peak is not known.
         cycles: for one head, or for the product, estimated.
         spills: vector registers written to memory in that region.
         hbm: bytes that blocks read and write in HBM, over those of all operands and the result once; None where they

@@ -99,6 +99,15 @@ def test_so_do_its_variants(config, axes):
     assert not said.silent
 
 
+@pytest.mark.parametrize(("heads", "rings"), [(8, True), (6, False)])
+def test_there_is_a_ring_where_heads_divide_as_attention_has_it(heads, rings):
+    """XLA makes permutes of its own where there is none."""
+    config = DecoderConfig(**SIZES | {"n_heads": heads, "n_kv_heads": heads}, tie_embeddings=False, scan_layers=True)
+    axes = {"context": 2, "tensor": 4}
+    assert ("collective_permute" in flow_of(decoder(config), TOKENS, **axes).bytes_by_kind()) == rings
+    assert ("/ppermute" in compiled(decoder(config), TOKENS, in_scope=True, **axes).as_text()) == rings
+
+
 @pytest.mark.parametrize("axes", [{"fsdp": 4, "tensor": 2}, {"context": 4, "tensor": 2}], ids=str)
 @pytest.mark.parametrize("make", [modules.DenseGeneral, modules.LatentAttention, modules.ScannedBlocks, modules.MLP])
 def test_so_do_modules_of_other_authors(make, axes):

@@ -57,6 +57,7 @@ def test_a_product_of_256_takes_the_array_as_many_pushes_as_it_has_tiles(tmp_pat
     command = [sys.executable, "-c", MULTIPLIES, str(tmp_path)]
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
     (body,) = [each for each in kernel_regions(tmp_path, "multiply") if each.matmuls]
+    assert all(path.name.endswith("final_bundles.txt") for path in tmp_path.glob("*multiply*"))
     # v5e: 16 rows of bfloat16 a push, against 128 x 128 weights.
     assert sum(body.matmuls.values()) == 256 // 16 * 2 * 2
     assert body.bundles >= sum(body.matmuls.values()) * 8 / 4

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 from meshloom.pallas_kernels.attention import spread
 from meshloom.pallas_kernels.attention.kernel import MASKED, Scoring
 from meshloom.pallas_kernels.attention.spec import AttentionSpec, Mask
+from meshloom.pallas_kernels.attention.tuned import tuned_blocks
 from meshloom.pallas_kernels.attention.visits import ACTIVE, FIRST, LAST, MASKED_IN_PART, Blocks
 from meshloom.pallas_kernels.dispatch import Target, may_be_spread, tpu_why_not
 
@@ -175,7 +176,8 @@ def forward(
 
     Source: Dao 2023, FlashAttention-2, algorithm 1.
     """
-    blocks = blocks_of(q.shape[1], k.shape[1], BLOCK_Q, BLOCK_KV)
+    own = blocks_of(q.shape[1], k.shape[1], BLOCK_Q, BLOCK_KV)
+    blocks = tuned_blocks("attention_forward", q, k, v, mask, scoring, own, biased=bias is not None)
     batch, heads, group = q.shape[0], q.shape[2], q.shape[2] // k.shape[2]
     head_dim, value_dim = q.shape[3], v.shape[3]
     scalars = prefetched(mask, blocks, batch, by=0)

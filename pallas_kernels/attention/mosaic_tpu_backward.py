@@ -37,6 +37,7 @@ from meshloom.pallas_kernels.attention.mosaic_tpu import (
     segment_rows,
 )
 from meshloom.pallas_kernels.attention.spec import AttentionSpec, Mask
+from meshloom.pallas_kernels.attention.tuned import tuned_blocks
 from meshloom.pallas_kernels.attention.visits import FIRST, LAST, Blocks
 
 BLOCK_Q, BLOCK_KV = 1024, 1024
@@ -71,7 +72,8 @@ def backward(
 
     Source: Dao 2023, FlashAttention-2, algorithm 2.
     """
-    blocks = blocks_of(q.shape[1], k.shape[1], BLOCK_Q, BLOCK_KV)
+    own = blocks_of(q.shape[1], k.shape[1], BLOCK_Q, BLOCK_KV)
+    blocks = tuned_blocks("attention_backward", q, k, v, mask, scoring, own, biased=bias is not None)
     batch, heads, group = q.shape[0], q.shape[2], q.shape[2] // k.shape[2]
     head_dim, value_dim = q.shape[3], v.shape[3]
     scalars = prefetched(mask, blocks, batch, by=1)

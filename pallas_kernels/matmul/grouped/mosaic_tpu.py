@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from meshloom.pallas_kernels.dispatch import Target, tpu_why_not
 from meshloom.pallas_kernels.matmul.grouped.schedule import Visits, visits
 from meshloom.pallas_kernels.matmul.grouped.spec import GroupedSpec, Kernel
-from meshloom.pallas_kernels.matmul.grouped.tiles import LIMIT, Tiles, outer_tiles, product_tiles
+from meshloom.pallas_kernels.matmul.grouped.tiles import LIMIT, Tiles, least_tiles, outer_tiles, product_tiles
 from meshloom.pallas_kernels.matmul.qarray import QArray
 
 _FLOATS = ("bfloat16", "float32")
@@ -39,7 +39,7 @@ def mosaic_why_not(spec: GroupedSpec, target: Target) -> str | None:
     if not (spec.rows and spec.groups and spec.contracted and spec.columns):
         return "there is nothing to multiply"
     backward = dataclasses.replace(spec, contracted=spec.columns, columns=spec.contracted)
-    if product_tiles(spec) is None or product_tiles(backward) is None:
+    if least_tiles(spec) is None or least_tiles(backward) is None:
         return f"no tile of {spec.contracted} x {spec.columns} fits; multiples of 128 would be cut"
     return None
 

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from meshloom.pallas_kernels.matmul.grouped.spec import GroupedSpec
+from meshloom.pallas_kernels.tuning import Sizes, bucket, key_of, tuned
 
 LANES = 128
 # Fast memory that tiles may take, and that the compiler may use: the smallest core has 64 MiB (TPU v7x).
@@ -37,16 +38,61 @@ class Tiles:
 
 
 def product_tiles(spec: GroupedSpec) -> Tiles | None:
+    """Tiles that are known to be fast (tuning.py), or else those of `least_tiles`; None when none fits fast memory."""
+    own = least_tiles(spec)
+    return own and _tuned_tiles(spec, own)
+
+
+def grouped_key(spec: GroupedSpec) -> str:
+    """A product by what decides its schedule."""
+    return key_of(
+        contracted=spec.contracted,
+        columns=spec.columns,
+        groups=spec.groups,
+        rows=bucket(spec.rows),
+        dtype=spec.x,
+        weight=spec.weight,
+        transposed=spec.transposed,
+    )
+
+
+def _tuned_tiles(spec: GroupedSpec, own: Tiles) -> Tiles:
+    def refuse(sizes: Sizes) -> str | None:
+        tiles = Tiles(**sizes)
+        if tiles.rows % LANES and tiles.rows != spec.rows:
+            return f"rows are multiples of {LANES}, or all"
+        if tiles.rows > spec.rows:
+            return f"there are {spec.rows} rows"
+        if tiles.columns > spec.columns or (tiles.columns % LANES and tiles.columns != spec.columns):
+            return f"columns are multiples of {LANES}, or all {spec.columns}"
+        if spec.contracted % tiles.contracted or tiles.contracted % tiles.chunk:
+            return f"chunks divide what is contracted, and that {spec.contracted}"
+        if tiles.contracted < spec.contracted and tiles.contracted % LANES:
+            return f"parts of {spec.contracted} numbers are multiples of {LANES}"
+        if tiles.chunk < tiles.contracted and tiles.chunk % LANES:
+            return f"chunks are multiples of {LANES}"
+        return None if _held(spec, tiles) <= BUDGET else f"they take more than {BUDGET:,} bytes of fast memory"
+
+    sizes = tuned("grouped_matmul", grouped_key(spec), refuse)
+    return own if sizes is None else Tiles(**sizes)
+
+
+def _held(spec: GroupedSpec, tiles: Tiles) -> int:
+    """Bytes of fast memory."""
+    x, w = jnp.dtype(spec.x).itemsize, jnp.dtype(spec.weight).itemsize
+    copied = tiles.contracted * (tiles.rows * x + tiles.columns * w) + tiles.rows * tiles.columns * x
+    return 2 * copied + 4 * tiles.rows * tiles.columns
+
+
+def least_tiles(spec: GroupedSpec) -> Tiles | None:
     """The tiles of a product that multiply and copy least, or None when none fits fast memory."""
     rows = tile_rows(spec.rows, spec.groups)
-    x, w = jnp.dtype(spec.x).itemsize, jnp.dtype(spec.weight).itemsize
     best: tuple[float, Tiles] | None = None
     for contracted in _parts(spec.contracted):
         for columns in _widths(spec.columns, MOST_COLUMNS):
-            copied = rows * contracted * x + columns * contracted * w + rows * columns * x
-            if 2 * copied + 4 * rows * columns > BUDGET:
-                continue
             tiles = Tiles(rows, columns, contracted, _chunk(contracted))
+            if _held(spec, tiles) > BUDGET:
+                continue
             if best is None or _cost(spec, tiles) < best[0]:
                 best = _cost(spec, tiles), tiles
     return best and best[1]

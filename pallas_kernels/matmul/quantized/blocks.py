@@ -6,6 +6,7 @@ import math
 import jax.numpy as jnp
 
 from meshloom.pallas_kernels.matmul.quantized.spec import MatmulSpec
+from meshloom.pallas_kernels.tuning import Sizes, bucket, key_of, tuned
 
 LANES = 128
 ROWS = 32  # of an int8 register; one of bfloat16 has half
@@ -29,21 +30,72 @@ class Blocks:
 
 
 def blocks_of(spec: MatmulSpec) -> Blocks | None:
+    """Blocks that are known to be fast (tuning.py), or else the largest; None where there are none."""
+    own = largest_blocks(spec)
+    return own and _tuned_blocks(spec, own)
+
+
+def largest_blocks(spec: MatmulSpec) -> Blocks | None:
     """The largest blocks that fit fast memory; None if there are none, or no chunk divides a row."""
     count, (out, size) = math.prod(spec.x[:-1]), spec.w
-    x, rounded = jnp.dtype(spec.dtype).itemsize, spec.activations == "int8"
-    for rows in _halves(MOST_ROWS, count, ROWS if rounded else ROWS // 2):
+    rounded = spec.activations == "int8"
+    for rows in _halves(MOST_ROWS, count, _unit(spec)):
         for columns in _halves(MOST_COLUMNS, out, LANES):
-            # x and w arrive while others are used; int4 takes a byte of half the use.
-            w = columns * size * (1 if spec.values == "int8" else 0.5)
-            scales = columns * -(-spec.groups // LANES) * LANES * 4
-            held = 2 * (rows * size * x + w + scales + rows * columns * x) + rows * columns * 4 + scales
-            held += rows * size if rounded else 0
-            if held <= BUDGET:
+            if _held(spec, rows, columns) <= BUDGET:
                 # int8 products take half as many instructions.
                 chunk = _chunk(size, (1 + rounded) * MOST_PRODUCTS // (rows * columns), spec.block[1] * LANES)
                 return None if chunk is None else Blocks(rows, columns, chunk)
     return None
+
+
+def matmul_key(spec: MatmulSpec) -> str:
+    """A call by what decides its schedule."""
+    return key_of(
+        contracted=spec.w[1],
+        columns=spec.w[0],
+        rows=bucket(math.prod(spec.x[:-1])),
+        values=spec.values,
+        scaled="x".join(map(str, spec.block)),
+        activations=spec.activations,
+    )
+
+
+def _tuned_blocks(spec: MatmulSpec, own: Blocks) -> Blocks:
+    count, (out, size), unit = math.prod(spec.x[:-1]), spec.w, _unit(spec)
+
+    def cut(sizes: Sizes) -> Blocks:
+        return Blocks(min(sizes["rows"], -(-count // unit) * unit), sizes["columns"], sizes["chunk"])
+
+    def refuse(sizes: Sizes) -> str | None:
+        blocks = cut(sizes)
+        if blocks.rows % unit or (blocks.columns % LANES and blocks.columns != out):
+            return f"rows are multiples of {unit}, columns of {LANES}"
+        if size % blocks.chunk or (blocks.chunk % LANES and blocks.chunk != size):
+            return f"chunks are multiples of {LANES} numbers that divide {size}"
+        scaled = spec.block[1] * LANES
+        if size > scaled and scaled % blocks.chunk:
+            return f"the scales of a chunk lie in one register, for {scaled} numbers"
+        if _held(spec, blocks.rows, blocks.columns) > BUDGET:
+            return f"they take more than {BUDGET:,} bytes of fast memory"
+        if -(-count // blocks.rows) * blocks.rows > -(-count // own.rows) * own.rows:
+            return f"they pad {count} rows to more than blocks of {own.rows} do"
+        return None
+
+    sizes = tuned("quantized_matmul", matmul_key(spec), refuse)
+    return own if sizes is None else cut(sizes)
+
+
+def _unit(spec: MatmulSpec) -> int:
+    return ROWS if spec.activations == "int8" else ROWS // 2
+
+
+def _held(spec: MatmulSpec, rows: int, columns: int) -> float | int:
+    """Bytes of fast memory; x and w arrive while others are used; int4 takes a byte of half the use."""
+    size, x = spec.w[1], jnp.dtype(spec.dtype).itemsize
+    w = columns * size * (1 if spec.values == "int8" else 0.5)
+    scales = columns * -(-spec.groups // LANES) * LANES * 4
+    held = 2 * (rows * size * x + w + scales + rows * columns * x) + rows * columns * 4 + scales
+    return held + (rows * size if spec.activations == "int8" else 0)
 
 
 def _halves(most: int, size: int, unit: int) -> list[int]:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from meshloom.pallas_kernels.dispatch import Target, tpu_why_not
 from meshloom.pallas_kernels.matmul.qarray import QArray
-from meshloom.pallas_kernels.matmul.quantized.blocks import LANES, LIMIT, ROWS, Blocks, blocks_of
+from meshloom.pallas_kernels.matmul.quantized.blocks import LANES, LIMIT, ROWS, Blocks, blocks_of, largest_blocks
 from meshloom.pallas_kernels.matmul.quantized.formats import INT8
 from meshloom.pallas_kernels.matmul.quantized.spec import MatmulSpec
 
@@ -37,7 +37,7 @@ def mosaic_why_not(spec: MatmulSpec, target: Target) -> str | None:
         return "there is nothing to multiply"
     if spec.groups > 1 and spec.w[1] % LANES:
         return f"rows of {spec.w[1]} numbers in groups are no multiple of {LANES}"
-    if blocks_of(spec) is None:
+    if largest_blocks(spec) is None:
         return f"rows of {spec.w[1]} numbers do not fit fast memory, or no multiple of {LANES} divides them"
     return None
 

@@ -12,7 +12,6 @@ Shape legend: B batch, T queries, S keys, N heads, K kv heads, H head dim, I que
 
 import dataclasses
 import functools
-import re
 from typing import Any
 
 import jax
@@ -24,42 +23,41 @@ from jaxtyping import Array, Float
 from meshloom.pallas_kernels.attention import spread
 from meshloom.pallas_kernels.attention.kernel import MASKED, Scoring
 from meshloom.pallas_kernels.attention.mosaic_gpu_tiles import (
-    BY_ROW,
     LOG2_E,
-    ROWS,
-    WORKERS,
     Call,
-    column,
     kept,
-    loaded,
-    nothing,
-    over,
     padded_ids,
     padded_tokens,
     soft_capped,
-    tiled,
 )
 from meshloom.pallas_kernels.attention.reach import Reach
 from meshloom.pallas_kernels.attention.spec import AttentionSpec, Mask
 from meshloom.pallas_kernels.dispatch import Target, may_be_spread
+from meshloom.pallas_kernels.hopper import (
+    BY_ROW,
+    ROWS,
+    SHARED_LIMIT,
+    WORKERS,
+    column,
+    hopper_why_not,
+    loaded,
+    nothing,
+    over,
+    tiled,
+)
 
-HOPPER = re.compile(r"\bG?H(100|200|800|20)\b")
 BLOCK_Q = WORKERS * ROWS
 # With 128 keys and 128 values ptxas needs 158 of the 168 registers that three warpgroups leave each other.
 BLOCKS_KV = (128, 64)
 STAGES = 2
 # Of each thread, where ptxas compiles the program as a whole; compiled for nvJitLink it ignores them, and all have 168.
 COPY_REGISTERS, WORK_REGISTERS = 24, 240
-# Bytes that a thread block may have, less barriers and what reductions across lanes ask for.
-SHARED_LIMIT = 232_448 - 4_096
 
 
 def why_not(spec: AttentionSpec, target: Target) -> str | None:
     """The reason this kernel cannot run, or None."""
-    if target.platform not in ("gpu", "cuda"):
-        return f"it runs on Hopper GPUs, not on {target.platform or 'a device that no mesh in scope names'}"
-    if not HOPPER.search(str(target.device_kind)):
-        return f"it multiplies with wgmma, which Hopper has and {target.device_kind} has not"
+    if reason := hopper_why_not(target):
+        return reason
     if spec.dtype not in ("bfloat16", "float16"):
         return f"it multiplies bfloat16 and float16, not {spec.dtype}"
     if spec.bias_shape is not None:

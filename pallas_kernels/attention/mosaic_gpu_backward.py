@@ -21,27 +21,29 @@ from jaxtyping import Array, Float
 
 from meshloom.pallas_kernels.attention.kernel import Scoring
 from meshloom.pallas_kernels.attention.mosaic_gpu_tiles import (
-    BY_COLUMN,
-    BY_ROW,
     LOG2_E,
-    ROWS,
-    WORKERS,
     Call,
-    Ring,
-    column,
     column_positions,
     kept,
-    loaded,
-    nothing,
-    over,
     padded_ids,
     padded_tokens,
     row_positions,
     soft_capped,
-    tiled,
 )
 from meshloom.pallas_kernels.attention.reach import Reach
 from meshloom.pallas_kernels.attention.spec import Mask
+from meshloom.pallas_kernels.hopper import (
+    BY_COLUMN,
+    BY_ROW,
+    ROWS,
+    WORKERS,
+    Ring,
+    column,
+    loaded,
+    nothing,
+    over,
+    tiled,
+)
 
 # Rows of a thread block, and of the other side that it reads at a time.
 BLOCK, READ = WORKERS * ROWS, 64

@@ -41,8 +41,9 @@ def simulated_gpu() -> Iterator[None]:
     def awaited(acc: Any, *, wait_n: int = 0) -> jax.Array:
         while len(pending) > wait_n:
             into, a, b = pending.pop(0)
-            product = jnp.dot(read(a).astype(jnp.float32), read(b).astype(jnp.float32))
-            sums[id(into)] = sums.get(id(into), 0.0) + product
+            dtype = jnp.int32 if jnp.issubdtype(read(a).dtype, jnp.integer) else jnp.float32
+            product = jnp.dot(read(a).astype(dtype), read(b).astype(dtype))
+            sums[id(into)] = sums.get(id(into), 0) + product
         return sums.pop(id(acc))
 
     def run_state(body: Callable[[Any], None]) -> Callable[[Any], Any]:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from meshloom.pallas_kernels.dispatch import Implementation, Target, select
 from meshloom.pallas_kernels.matmul.qarray import QArray, expand
 from meshloom.pallas_kernels.matmul.quantized.formats import FORMATS, quantize
+from meshloom.pallas_kernels.matmul.quantized.mosaic_gpu import hopper_product_why_not, quantized_matmul_hopper
 from meshloom.pallas_kernels.matmul.quantized.mosaic_tpu import mosaic_why_not, quantized_matmul_mosaic
 from meshloom.pallas_kernels.matmul.quantized.reference import quantized_matmul_reference
 from meshloom.pallas_kernels.matmul.quantized.spec import Activations, MatmulSpec
@@ -21,6 +22,7 @@ __all__ = ["FORMATS", "QUANTIZED_MATMUL", "MatmulSpec", "quantize", "quantized_m
 
 QUANTIZED_MATMUL = (
     Implementation("mosaic_tpu", quantized_matmul_mosaic, mosaic_why_not),
+    Implementation("mosaic_gpu", quantized_matmul_hopper, hopper_product_why_not),
     Implementation("xla", quantized_matmul_xla, xla_why_not),
     Implementation("reference", quantized_matmul_reference, lambda spec, target: None),
 )

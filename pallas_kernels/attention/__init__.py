@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from meshloom.pallas_kernels.attention import paged_mosaic_tpu
+from meshloom.pallas_kernels.attention import paged_mosaic_gpu, paged_mosaic_tpu
 from meshloom.pallas_kernels.attention.context import ring_attention, ulysses_attention
 from meshloom.pallas_kernels.attention.context.spreading import SPREADING, SpreadSpec
 from meshloom.pallas_kernels.attention.kernel import Scoring
@@ -33,6 +33,7 @@ __all__ = [
 
 PAGED_ATTENTION = (
     Implementation("mosaic_tpu", paged_mosaic_tpu.paged_attention_mosaic_tpu, paged_mosaic_tpu.why_not),
+    Implementation("mosaic_gpu", paged_mosaic_gpu.paged_attention_hopper, paged_mosaic_gpu.why_not),
     Implementation("chunked", paged_attention_chunked, lambda spec, target: None),
     Implementation("reference", paged_attention_reference, lambda spec, target: None),
 )

@@ -224,6 +224,24 @@ class BenchKernels(Common):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Tune(Common):
+    """Search the block sizes of kernels for a TPU, and keep those that are faster for all programs to come.
+
+    By the compiler's schedules, which need no TPU; with --target local by time on this machine's.
+
+    Attributes:
+        target: v5e, v5p, v6e, tpu7x or local.
+        op: attention, quantized_matmul or grouped_matmul; None is all of them.
+        out: JSON file that entries are added to; None is the user's own, which programs read:
+            ~/.cache/meshloom/tuned/CHIP.json.
+    """
+
+    target: str = "local"
+    op: str | None = None
+    out: pathlib.Path | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Info(Common):
     """Print versions, devices and their memory, and what the first device does: STREAM bandwidth, matrix products.
 
@@ -247,6 +265,7 @@ COMMANDS: dict[str, type[Common]] = {
     "convert": Convert,
     "bench serve": BenchServe,
     "bench kernels": BenchKernels,
+    "tune": Tune,
     "info": Info,
 }
 

@@ -145,6 +145,12 @@ def bench_kernels(command: cli.BenchKernels) -> dict[str, Any]:
     return bench_kernels(command)
 
 
+def tune(command: cli.Tune) -> dict[str, Any]:
+    from meshloom.kernel_tuning import tune
+
+    return tune(command)
+
+
 def info(command: cli.Info) -> dict[str, Any]:
     from meshloom.machine import info
 

@@ -25,7 +25,7 @@ from meshloom.core.bundles import dump_bundles
 from meshloom.core.errors import ConfigError
 from meshloom.core.topology import parse_devices
 
-_ONE_CHIP = {"v5e": "v5e:1x1", "v6e": "v6e:1x1", "v5p": "v5p:1x1x1", "tpu7x": "tpu7x:1x1x1"}
+ONE_CHIP = {"v5e": "v5e:1x1", "v6e": "v6e:1x1", "v5p": "v5p:1x1x1", "tpu7x": "tpu7x:1x1x1"}
 
 
 def bench_kernels(command: cli.BenchKernels) -> dict[str, Any]:
@@ -34,8 +34,8 @@ def bench_kernels(command: cli.BenchKernels) -> dict[str, Any]:
     Raises:
         ConfigError: the target is not known, or its compiler is not installed; says what would work.
     """
-    if command.target != "cpu" and command.target not in _ONE_CHIP:
-        raise ConfigError(f"--target {command.target}: kernels are compared for cpu, {', '.join(_ONE_CHIP)}")
+    if command.target != "cpu" and command.target not in ONE_CHIP:
+        raise ConfigError(f"--target {command.target}: kernels are compared for cpu, {', '.join(ONE_CHIP)}")
     console = Console(stderr=True, quiet=command.json)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     rows = []
@@ -54,7 +54,7 @@ def bench_kernels(command: cli.BenchKernels) -> dict[str, Any]:
 def _comparison(target: str, folder: pathlib.Path) -> tuple[int, Iterator[Any]]:
     """How many rows there will be, and the rows."""
     if target != "cpu":
-        devices = parse_devices(_ONE_CHIP[target])
+        devices = parse_devices(ONE_CHIP[target])
         if (missing := compiler_missing(devices)) is not None:
             raise ConfigError(missing)
         dump_bundles(folder)  # before anything below loads the compiler
@@ -74,6 +74,7 @@ def _table(target: str, rows: list[dict[str, Any]]) -> Table:
         "cycles": "cycles",
         "spills": "spills",
         "hbm": "HBM bytes over least",
+        "vmem": "VMEM, MiB",
         "seconds": "seconds",
         "times_peer": "times the peer",
     }
@@ -93,4 +94,6 @@ def _text(name: str, value: Any) -> str:
         return "-"
     if name == "peak_share":
         return f"{value:.0%}"
+    if name == "vmem":
+        return f"{value / 2**20:.1f}"
     return f"{value:,.0f}" if name in ("cycles", "spills") else f"{value:.3g}"

@@ -7,6 +7,8 @@ for a unit that is busy. Those waits are not in the figures.
 
 import collections
 import dataclasses
+import json
+import math
 import os
 import pathlib
 import re
@@ -16,6 +18,7 @@ from meshloom.core.errors import ConfigError
 _LINE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:")
 _LOOP = re.compile(r"^\s*0x[0-9a-f]+\s+LB:")
 _REGION = re.compile(r"(Start|End|Start/End empty) region (\d+)")
+_REPORT = re.compile(r"const DATA =(\{.*?\});", re.DOTALL)  # in the page that libtpu writes on fast memory
 _ARGUMENT = "LIBTPU_INIT_ARGS"
 
 
@@ -54,12 +57,45 @@ def kernel_regions(folder: str | pathlib.Path, kernel: str) -> list[Region]:
     Raises:
         ConfigError: the folder holds no schedule of it; libtpu was asked too late, or read the program from a cache.
     """
-    # XLA writes what the kernel was traced under around its name, as in jvp(flash) and transpose(jvp(flash)).
-    named = re.compile(rf"^\d+-(?:(?:jvp|transpose|jit|vmap)_)*{re.escape(kernel)}_*(\.\d+)?-\d+-final_bundles\.txt$")
+    return regions(_schedule(folder, kernel))
+
+
+def _schedule(folder: str | pathlib.Path, kernel: str) -> str:
+    named = re.compile(rf"^\d+-{_named(kernel)}-\d+-final_bundles\.txt$")
     files = sorted(path for path in pathlib.Path(folder).iterdir() if named.match(path.name))
     if not files:
         raise ConfigError(f"no schedule of a kernel {kernel!r} in {folder}; ask for schedules before libtpu starts")
-    return regions(files[-1].read_text())
+    return files[-1].read_text()
+
+
+def _named(kernel: str) -> str:
+    """How XLA spells a kernel's name: with what it was traced under around it, as in transpose(jvp(flash))."""
+    return rf"(?:(?:jvp|transpose|jit|vmap)_)*{re.escape(kernel)}_*(?:\.\d+)?"
+
+
+def kernel_memory(folder: str | pathlib.Path, kernel: str) -> int | None:
+    """Bytes of fast memory that a kernel takes, as the compiler reports them: windows, scratch and spilled registers.
+
+    An operand that XLA keeps in fast memory whole has no window there; two are counted for it, as if it came from HBM.
+    None where there is no report.
+    """
+    named = _named(kernel)
+    for path in sorted(pathlib.Path(folder).glob("*vmem_report.html"), reverse=True):
+        found = _REPORT.search(path.read_text())
+        for instruction, entry in (json.loads(found[1])["hlo_breakdowns"] if found else {}).items():
+            if re.fullmatch(named, instruction):
+                return entry["total_size"] + 2 * _held_whole(folder, kernel)
+    return None
+
+
+def _held_whole(folder: str | pathlib.Path, kernel: str) -> int:
+    """Bytes of one window of every operand and result that lies in fast memory whole."""
+    text = _schedule(folder, kernel)
+    entry = text[: text.index(" /* entry bundle")] if " /* entry bundle" in text else ""
+    total = 0
+    for dtype, shape in re.findall(r"inlined_call_operand\.vmem [^%]*?window shape is ([a-z0-9]+)\[([0-9,]+)\]", entry):
+        total += math.prod(map(int, shape.split(","))) * int(re.findall(r"\d+", dtype)[0]) // 8
+    return total
 
 
 def regions(text: str) -> list[Region]:

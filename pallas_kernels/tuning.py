@@ -141,13 +141,13 @@ def read(path: pathlib.Path) -> Table:
         raise ConfigError(_damaged(path, reason)) from error
 
 
-def write(path: pathlib.Path, chip: str, by: str, table: Table) -> None:
-    """Adds entries to a file, in place of those for the same calls; it is whole at any time."""
-    merged = read(path)
+def write(path: pathlib.Path, chip: str, by: str, table: Mapping[str, Mapping[str, Found | None]]) -> None:
+    """Adds entries to a file, or takes them out (None); the file is whole at any time."""
+    merged: dict[str, dict[str, Found | None]] = {op: dict(calls) for op, calls in read(path).items()}
     for op, calls in table.items():
         merged[op] = merged.get(op, {}) | calls
     ops = {
-        op: {key: {**found.sizes, "gain": round(found.gain, 4)} for key, found in sorted(calls.items())}
+        op: {key: {**found.sizes, "gain": round(found.gain, 4)} for key, found in sorted(calls.items()) if found}
         for op, calls in sorted(merged.items())
     }
     path.parent.mkdir(parents=True, exist_ok=True)

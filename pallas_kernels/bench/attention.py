@@ -11,11 +11,13 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 
 from meshloom.core.ahead import target_devices
-from meshloom.core.bundles import Region, kernel_regions
+from meshloom.core.bundles import Region, kernel_memory, kernel_regions
 from meshloom.core.topology import Devices, make_mesh
 from meshloom.pallas_kernels.attention import Mask, attention, mosaic_tpu, mosaic_tpu_backward
+from meshloom.pallas_kernels.attention.kernel import Scoring
+from meshloom.pallas_kernels.attention.tuned import tuned_blocks
 from meshloom.pallas_kernels.attention.visits import MASKED_IN_PART, Blocks
-from meshloom.pallas_kernels.bench.figures import KernelFigures, compile_for, cycles_of
+from meshloom.pallas_kernels.bench.figures import Cost, KernelFigures, compile_for, cycles_of
 
 TOKENS, HEADS, HEAD_DIM = 4096, 8, 128
 TILE = 128
@@ -40,13 +42,18 @@ def attention_on_tpu(devices: Devices, folder: pathlib.Path) -> Iterator[KernelF
     peak = _TILE_CYCLES.get(devices.platform)
     x = jax.ShapeDtypeStruct((1, TOKENS, HEADS, HEAD_DIM), jnp.bfloat16, sharding=whole)
     compile_for(mesh, jax.grad(lambda q, k, v: _sum(attention(q, k, v, mask=Mask())), argnums=(0, 1, 2)), x, x, x)
+    dims = HEAD_DIM, HEAD_DIM
     for op, module, name, products, by in (
         ("attention forward", mosaic_tpu, "attention_forward", 2, 0),
         ("attention backward", mosaic_tpu_backward, "attention_backward", 5, 1),
     ):
         blocks = mosaic_tpu.blocks_of(TOKENS, TOKENS, module.BLOCK_Q, module.BLOCK_KV)
+        with jax.set_mesh(mesh):
+            blocks = tuned_blocks(name, x, x, x, Mask(), Scoring(1.0), blocks)
         label = f"meshloom {blocks.block_q}x{blocks.block_kv}"
-        yield _figures(op, label, kernel_regions(folder, name), _visits(blocks, by), blocks, products, peak)
+        hbm = hbm_bytes(blocks, Mask(), by, dims) / least_bytes(blocks, by, dims)
+        regions, vmem = kernel_regions(folder, name), kernel_memory(folder, name)
+        yield _figures(op, label, regions, _visits(blocks, by), blocks, products, peak, hbm=hbm, vmem=vmem)
     x = jax.ShapeDtypeStruct((HEADS, TOKENS, HEAD_DIM), jnp.bfloat16, sharding=whole)
     for sizes, fused in SPLASH:
         peer = _splash(sizes, fused)
@@ -55,13 +62,18 @@ def attention_on_tpu(devices: Devices, folder: pathlib.Path) -> Iterator[KernelF
         pairs = len(blocks.pairs(Mask()))
         label = f"splash {'x'.join(map(str, sizes))}"
         if not fused:  # the forward kernel is the same for both
-            forward = kernel_regions(folder, "splash_mha_fwd_residuals")
-            yield _figures("attention forward", label, forward, [pairs], blocks, 2, peak)
+            name = "splash_mha_fwd_residuals"
+            forward, vmem = kernel_regions(folder, name), kernel_memory(folder, name)
+            hbm = hbm_bytes(blocks, Mask(), 0, dims) / least_bytes(blocks, 0, dims)
+            shown = {"peer": True, "hbm": hbm, "vmem": vmem}
+            yield _figures("attention forward", label, forward, [pairs], blocks, 2, peak, **shown)
         names = ["splash_mha_dkv_no_residuals"] + ([] if fused else ["splash_mha_dq_no_residuals"])
         parts = [kernel_regions(folder, name) for name in names]
         regions = [region for part in parts for region in part]
         label += ", one kernel" if fused else ", two kernels"
-        yield _figures("attention backward", label, regions, [pairs] * len(parts), blocks, 5, peak)
+        vmem = max(kernel_memory(folder, name) or 0 for name in names) or None
+        shown = {"peer": True, "vmem": vmem}
+        yield _figures("attention backward", label, regions, [pairs] * len(parts), blocks, 5, peak, **shown)
 
 
 def _sum(x: Any) -> Any:
@@ -85,29 +97,82 @@ def _splash(sizes: tuple[int, int, int], fused: bool) -> Callable[..., Any]:
     return splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=blocks)
 
 
-def _visits(blocks: Blocks, by: int) -> list[int]:
-    """How often our kernels run each of their regions with products: the diagonal, what is masked in part, the rest."""
-    i, j, bits = np.asarray(blocks.visits(Mask(), by))[0].T
+def _visits(blocks: Blocks, by: int, mask: Mask | None = None) -> list[int]:
+    """How often our kernels run each of their regions with products: the diagonal, what is masked in part, the rest.
+
+    The diagonal has a region of its own where `run_visits` goes along it in strips.
+    """
+    mask = mask or Mask()
+    i, j, bits = np.asarray(blocks.visits(mask, by))[0].T
     partly = bits & MASKED_IN_PART > 0
     diagonal = partly & (i * blocks.block_q == j * blocks.block_kv)
+    strip = (mosaic_tpu, mosaic_tpu_backward)[by].STRIP
+    if not (mask.causal and blocks.block_q == blocks.block_kv > strip):
+        return [int(partly.sum()), int((~partly).sum())]
     return [int(diagonal.sum()), int((partly & ~diagonal).sum()), int((~partly).sum())]
 
 
-def _figures(
-    op: str, kernel: str, regions: list[Region], visits: list[int], blocks: Blocks, products: int, peak: int | None
-) -> KernelFigures:
-    """Figures of one op from the schedule of its kernels; the last regions with products are those without a mask.
+def kernel_cost(regions: list[Region], blocks: Blocks, mask: Mask, by: int, dims: tuple[int, int]) -> Cost:
+    """Of our forward kernel (`by` 0) or backward one (1) for one head in bfloat16, queries and keys from one position.
 
-    Loops are counted once for a visit, branches without products, which begin and end a run, once for a run.
+    Args:
+        dims: sizes of a head and of its values.
     """
+    visits = _visits(blocks, by, mask)
+    return Cost(_cycles(regions, visits, sum(visits), blocks.counts[by]), hbm_bytes(blocks, mask, by, dims))
+
+
+def hbm_bytes(blocks: Blocks, mask: Mask, by: int, dims: tuple[int, int]) -> float:
+    """Bytes that blocks of one head in bfloat16 move; what a visit needs again is kept."""
+    i, j, _ = np.asarray(blocks.visits(mask, by))[0].T
+    q_reads, kv_reads = (1 + int(np.count_nonzero(np.diff(column))) for column in (i, j))
+    head, values = dims
+    keys = 2 * kv_reads * blocks.block_kv * (head + values)
+    if by == 0:
+        return float(keys + q_reads * blocks.block_q * (2 * (head + values) + 4))
+    gradients = 4 * (blocks.q_total * head + blocks.kv_total * (head + values))
+    return float(keys + q_reads * blocks.block_q * (2 * (head + values) + 8) + gradients)
+
+
+def least_bytes(blocks: Blocks, by: int, dims: tuple[int, int]) -> float:
+    """Of all operands and results of one head in bfloat16 once, and what passes between the kernels in float32."""
+    (head, values), passes = dims, 1 + by
+    rows = blocks.q_total * (2 * (head + values) + 4) + blocks.kv_total * 2 * (head + values)
+    return float(
+        rows if passes == 1 else rows + blocks.q_total * (2 * head + 4) + blocks.kv_total * 2 * (head + values)
+    )
+
+
+def _cycles(regions: list[Region], visits: list[int], steps: int, runs: int) -> float:
+    """Loops are counted once for a step, branches without products, which begin and end a run, once for a run."""
     working = [region for region in regions if region.matmuls]
-    plain = working[-1:] if len(visits) == 3 else working
-    tiles = products * blocks.block_q * blocks.block_kv / TILE**2
-    tile_cycles = sum(map(cycles_of, plain)) / tiles
-    steps = sum(visits) if len(visits) == 3 else visits[0]
     cycles = sum(cycles_of(region) * times for region, times in zip(working, visits, strict=True))
     for region in regions:
         if not region.matmuls:
-            cycles += region.bundles * (steps if region.loops else blocks.counts[0])
+            cycles += region.bundles * (steps if region.loops else runs)
+    return float(cycles)
+
+
+def _figures(
+    op: str,
+    kernel: str,
+    regions: list[Region],
+    visits: list[int],
+    blocks: Blocks,
+    products: int,
+    peak: int | None,
+    *,
+    peer: bool = False,
+    hbm: float | None = None,
+    vmem: int | None = None,
+) -> KernelFigures:
+    """Figures of one op from the schedule of its kernels. Our last region with products is the one without a mask; a
+    peer tests the mask in all it has, and every visit runs all of them.
+    """
+    working = [region for region in regions if region.matmuls]
+    plain = working if peer else working[-1:]
+    tiles = products * blocks.block_q * blocks.block_kv / TILE**2
+    tile_cycles = sum(map(cycles_of, plain)) / tiles
+    cycles = _cycles(regions, visits, visits[0] if peer else sum(visits), blocks.counts[0])
     share = None if peak is None else peak / tile_cycles
-    return KernelFigures(op, kernel, tile_cycles, share, float(cycles), sum(region.spills for region in plain), None)
+    return KernelFigures(op, kernel, tile_cycles, share, cycles, sum(region.spills for region in plain), hbm, vmem)

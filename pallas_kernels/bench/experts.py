@@ -9,14 +9,15 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import megablox
 
 from meshloom.core.ahead import target_devices
-from meshloom.core.bundles import Region, kernel_regions
+from meshloom.core.bundles import Region, kernel_memory, kernel_regions
 from meshloom.core.topology import Devices, make_mesh
-from meshloom.pallas_kernels.bench.figures import TILE_CYCLES, KernelFigures, compile_for, cycles_of
+from meshloom.pallas_kernels.bench.figures import TILE_CYCLES, Cost, KernelFigures, compile_for, cycles_of
 from meshloom.pallas_kernels.matmul.grouped import GroupedSpec, grouped_matmul
 from meshloom.pallas_kernels.matmul.grouped.tiles import Tiles, product_tiles
 
 # Mixtral's up projection: 1,024 rows for each expert.
 ROWS, EXPERTS, CONTRACTED, COLUMNS = 8192, 8, 4096, 14336
+BENCH = GroupedSpec(ROWS, EXPERTS, CONTRACTED, COLUMNS, "bfloat16", "bfloat16", transposed=True, spread=False)
 # Rows, numbers contracted and columns at a time in which megablox was fastest of seven tried. Its default, 128 of each,
 # takes 256 times as many steps as the first.
 TILINGS = ((512, 1024, 1024), (512, 4096, 512), (256, 4096, 512))
@@ -45,10 +46,12 @@ def experts_on_tpu(devices: Devices, folder: pathlib.Path) -> Iterator[KernelFig
         return grouped_matmul(x, w, sizes, transposed=True, implementation="mosaic_tpu")
 
     compile_for(mesh, ours, x, w, sizes)
-    tiles = product_tiles(GroupedSpec.of(x, w, sizes, True))
+    with jax.set_mesh(mesh):
+        tiles = product_tiles(GroupedSpec.of(x, w, sizes, True))
     assert tiles is not None  # or the compiler would have had nothing to do
     label = f"meshloom {tiles.rows}x{tiles.contracted}x{tiles.columns}"
-    yield _figures(op, label, kernel_regions(folder, "grouped_matmul"), tiles, peaks)
+    vmem = kernel_memory(folder, "grouped_matmul")
+    yield dataclasses.replace(_figures(op, label, kernel_regions(folder, "grouped_matmul"), tiles, peaks), vmem=vmem)
 
     for tiling in TILINGS:
 
@@ -64,48 +67,37 @@ def experts_on_tpu(devices: Devices, folder: pathlib.Path) -> Iterator[KernelFig
             yield KernelFigures(op, f"{label}: no room", None, None, None, None, None)
             continue
         rows, contracted, columns = tiling
-        yield _figures(op, label, kernel_regions(folder, "gmm"), Tiles(rows, columns, contracted, contracted), peaks)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Visits:
-    """How often a kernel with these tiles does what; groups begin and end with tiles of rows."""
-
-    tiles: Tiles
-
-    @property
-    def across(self) -> int:
-        return -(-COLUMNS // self.tiles.columns)
-
-    @property
-    def down(self) -> int:
-        return ROWS // self.tiles.rows
-
-    @property
-    def steps(self) -> int:
-        return CONTRACTED // self.tiles.contracted
-
-    @property
-    def bytes(self) -> float:
-        """Of bfloat16 read and written. With all numbers of a row at once a weight stays while its rows pass."""
-        weights = EXPERTS if self.steps == 1 else self.down
-        return 2.0 * (self.across * ROWS * CONTRACTED + weights * COLUMNS * CONTRACTED + ROWS * COLUMNS)
+        figures = _figures(
+            op, label, kernel_regions(folder, "gmm"), Tiles(rows, columns, contracted, contracted), peaks
+        )
+        yield dataclasses.replace(figures, vmem=kernel_memory(folder, "gmm"))
 
 
 def _figures(op: str, kernel: str, regions: list[Region], tiles: Tiles, peaks: dict[str, int] | None) -> KernelFigures:
-    """A loop around the products runs once for every chunk; of two regions with products the first ends a visit. All
-    other regions count once for every step, those that no visit here takes among them (rows of no group: 4 % of ours).
+    cost = kernel_cost(regions, BENCH, tiles)
+    products_of_tile = ROWS * CONTRACTED * COLUMNS / 128**3
+    share = None if peaks is None else peaks["bf16"] * products_of_tile / cost.cycles
+    least = 2.0 * (ROWS * CONTRACTED + EXPERTS * COLUMNS * CONTRACTED + ROWS * COLUMNS)
+    spills = sum(region.spills for region in regions if region.matmuls)
+    return KernelFigures(op, kernel, cost.cycles / products_of_tile, share, cost.cycles, spills, cost.bytes / least)
+
+
+def kernel_cost(regions: list[Region], spec: GroupedSpec, tiles: Tiles) -> Cost:
+    """Of a product of groups with as many rows each, which begin and end with tiles of rows.
+
+    A loop around the products runs once for every chunk; of two regions with products the first ends a visit. All other
+    regions count once for every step, those that no visit here takes among them (rows of no group: 4 % of ours).
     """
-    visits = _Visits(tiles)
+    across, down = -(-spec.columns // tiles.columns), spec.groups * -(-spec.rows // spec.groups // tiles.rows)
+    steps = spec.contracted // tiles.contracted
     products = [region for region in regions if region.matmuls]
     chunks = tiles.contracted // tiles.chunk
     last, *others = products
-    multiplied = cycles_of(last) * chunks * (1 if others else visits.steps)
-    multiplied += sum(map(cycles_of, others)) * (visits.steps - 1)
-    beside = visits.steps * sum(region.bundles for region in regions if not region.matmuls)
-    cycles = visits.across * visits.down * (multiplied + beside)
-    products_of_tile = ROWS * CONTRACTED * COLUMNS / 128**3
-    share = None if peaks is None else peaks["bf16"] * products_of_tile / cycles
-    least = 2.0 * (ROWS * CONTRACTED + EXPERTS * COLUMNS * CONTRACTED + ROWS * COLUMNS)
-    spills = sum(region.spills for region in products)
-    return KernelFigures(op, kernel, cycles / products_of_tile, share, float(cycles), spills, visits.bytes / least)
+    multiplied = cycles_of(last) * chunks * (1 if others else steps)
+    multiplied += sum(map(cycles_of, others)) * (steps - 1)
+    beside = steps * sum(region.bundles for region in regions if not region.matmuls)
+    # With all numbers of a row at once a weight stays while its rows pass.
+    x, w = jnp.dtype(spec.x).itemsize, jnp.dtype(spec.weight).itemsize
+    weights = spec.contracted * spec.columns * (spec.groups if steps == 1 else down)
+    moved = x * (across * spec.rows * spec.contracted + spec.rows * spec.columns) + w * weights
+    return Cost(float(across * down * (multiplied + beside)), float(moved))

@@ -11,6 +11,7 @@ import jax
 
 from meshloom.core.bundles import Region
 from meshloom.core.compile import without_compilation_cache
+from meshloom.core.hardware import CHIPS
 
 # Cycles that all arrays of a core together take for one push of 16 rows of bfloat16. On v5e schedules of transposed
 # products are shorter than that (8,780 bundles for 2,560 pushes): the arrays make the core wait.
@@ -32,6 +33,7 @@ class KernelFigures:
         spills: vector registers written to memory in that region.
         hbm: bytes that blocks read and write in HBM, over those of all operands and the result once; None where they
             are not counted.
+        vmem: bytes of fast memory that it takes, as the compiler reports them (`core.bundles.kernel_memory`).
     """
 
     op: str
@@ -41,6 +43,28 @@ class KernelFigures:
     cycles: float | None
     spills: int | None
     hbm: float | None
+    vmem: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a kernel takes, if nothing waits: cycles of one core, and bytes that its blocks read and write in HBM."""
+
+    cycles: float
+    bytes: float
+
+    def seconds(self, chip: str) -> float:
+        """The longer of the two, at the clock of the chip's peak and at its bandwidth, as if all of it overlapped."""
+        return max(self.cycles / cycle_rate(chip), self.bytes / CHIPS[chip].hbm_bandwidth)
+
+
+def cycle_rate(chip: str) -> float:
+    """Cycles a second, of all cores of a device together, at which its peak is the peak of the table of chips.
+
+    What tpu7x multiplies in a cycle is not published: v6e's products are taken, which makes it 2.2 GHz.
+    """
+    cycles = TILE_CYCLES.get(chip, TILE_CYCLES["v6e"])["bf16"]
+    return CHIPS[chip].flops["bfloat16"] * cycles / (2 * 128**3)
 
 
 def compile_for(mesh: Any, function: Callable[..., Any], *arguments: Any) -> None:

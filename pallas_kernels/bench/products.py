@@ -1,5 +1,6 @@
 """Quantized products by the TPU compiler's schedules."""
 
+import dataclasses
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -8,15 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from meshloom.core.ahead import target_devices
-from meshloom.core.bundles import Region, kernel_regions
+from meshloom.core.bundles import Region, kernel_memory, kernel_regions
 from meshloom.core.topology import Devices, make_mesh
-from meshloom.pallas_kernels.bench.figures import TILE_CYCLES, KernelFigures, compile_for, cycles_of
+from meshloom.pallas_kernels.bench.figures import TILE_CYCLES, Cost, KernelFigures, compile_for, cycles_of
 from meshloom.pallas_kernels.matmul.qarray import QArray
 from meshloom.pallas_kernels.matmul.quantized import quantized_matmul
 from meshloom.pallas_kernels.matmul.quantized.blocks import ROWS, Blocks, blocks_of
 from meshloom.pallas_kernels.matmul.quantized.formats import quantize
 from meshloom.pallas_kernels.matmul.quantized.spec import MatmulSpec
 
+KERNEL = "quantized_matmul"
 SIZE = 4096
 ROW_COUNTS = (16, 512, 2048)
 FORMATS = (("int8", "int8"), ("int4_128", "float"))  # of weights and of rows
@@ -46,14 +48,16 @@ def products_on_tpu(devices: Devices, folder: pathlib.Path) -> Iterator[KernelFi
 
             compile_for(mesh, product, x, w)
             spec = MatmulSpec(x.shape, w.shape, str(x.dtype), str(w.values.dtype), w.block, activations)
-            blocks = blocks_of(spec)
+            with jax.set_mesh(mesh):
+                blocks = blocks_of(spec)
             assert blocks is not None  # or the compiler would have had nothing to do
             op = f"{format} by rows in {'bfloat16' if activations == 'float' else activations}, {count} rows"
             peaks = TILE_CYCLES.get(devices.platform)
-            yield _figures(op, kernel_regions(folder, "quantized_matmul"), spec, blocks, peaks, _bytes_of(w))
+            regions, vmem = kernel_regions(folder, KERNEL), kernel_memory(folder, KERNEL)
+            yield dataclasses.replace(_figures(op, regions, spec, blocks, peaks, bytes_of(w)), vmem=vmem)
 
 
-def _bytes_of(w: QArray) -> float:
+def bytes_of(w: QArray) -> float:
     """Of integers, some of half a byte, which JAX counts as one, and scales."""
     return w.values.size * jnp.iinfo(w.values.dtype).bits / 8 + w.scales.size * w.scales.dtype.itemsize
 
@@ -61,6 +65,17 @@ def _bytes_of(w: QArray) -> float:
 def _figures(
     op: str, regions: list[Region], spec: MatmulSpec, blocks: Blocks, peaks: dict[str, int] | None, held: float | int
 ) -> KernelFigures:
+    (count, size), columns = spec.x, spec.w[0]
+    (product,) = (region for region in regions if region.matmuls)
+    cost = kernel_cost(regions, spec, blocks, held)
+    tiles = count * columns * size / 128**3
+    share = None if peaks is None else peaks[next(iter(product.matmuls))] * tiles / cost.cycles
+    label = f"meshloom {blocks.rows}x{blocks.columns}x{blocks.chunk}"
+    hbm = cost.bytes / (count * (size + columns) * jnp.dtype(spec.dtype).itemsize + held)
+    return KernelFigures(op, label, cost.cycles / tiles, share, cost.cycles, product.spills, hbm)
+
+
+def kernel_cost(regions: list[Region], spec: MatmulSpec, blocks: Blocks, held: float | int) -> Cost:
     """All regions run once for each block of the result, but products once for each chunk of a row's numbers, and what
     rounds rows to int8, the longest other region, once for 32 of them.
 
@@ -74,9 +89,4 @@ def _figures(
     cycles = down * across * (cycles_of(product) * (size // blocks.chunk) + sum(others))
     if spec.activations == "int8":
         cycles += down * others[0] * (blocks.rows // ROWS - across)
-    tiles = count * columns * size / 128**3
-    share = None if peaks is None else peaks[next(iter(product.matmuls))] * tiles / cycles
-    label = f"meshloom {blocks.rows}x{blocks.columns}x{blocks.chunk}"
-    rows = count * (size + columns) * jnp.dtype(spec.dtype).itemsize
-    hbm = (rows + down * held) / (rows + held)
-    return KernelFigures(op, label, cycles / tiles, share, float(cycles), product.spills, hbm)
+    return Cost(float(cycles), float(count * (size + columns) * jnp.dtype(spec.dtype).itemsize + down * held))

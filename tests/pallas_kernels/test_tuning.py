@@ -136,7 +136,7 @@ def test_a_damaged_file_is_refused_by_name(files, on_v6e, text, said):
     assert "meshloom tune" in str(error.value)
 
 
-def test_writing_keeps_the_other_entries_and_renews_its_own(files):
+def test_writing_keeps_other_entries_renews_its_own_and_takes_out_what_gains_no_more(files):
     path = files[0]
     keep(path, "attention_forward", "a", SIZES)
     keep(path, "attention_forward", "b", SIZES)
@@ -145,6 +145,8 @@ def test_writing_keeps_the_other_entries_and_renews_its_own(files):
         "a": 128,
         "b": 256,
     }
+    write(path, "v6e", "a test", {"attention_forward": {"b": None}})
+    assert list(read(path)["attention_forward"]) == ["a"]
     assert json.loads(path.read_text())["by"] == "a test"
 
 

@@ -102,6 +102,7 @@ ATTENTION_CASES = (
     AttentionCase("bias_of_heads", bias=(1, 4)),
     AttentionCase("bias_of_rows", bias=(2, 1), causal=False),
     AttentionCase("bias_of_both_in_blocks", bias=(2, 4), q_len=300, kv_len=310, soft_cap=5.0),
+    AttentionCase("bias_skips_blocks", bias=(1, 1), q_len=600, kv_len=600, heads=2, kv_heads=1, window=70, segments=3),
     AttentionCase("value_dim_differs", value_dim=8),
     AttentionCase("head_dim_64", head_dim=64, value_dim=64),
     AttentionCase("head_dim_80", head_dim=80, value_dim=80),

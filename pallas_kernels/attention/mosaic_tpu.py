@@ -43,8 +43,6 @@ def why_not(spec: AttentionSpec, target: Target) -> str | None:
         return reason
     if spec.dtype not in ("bfloat16", "float32"):
         return f"it multiplies bfloat16 and float32, not {spec.dtype}"
-    if spec.bias_shape is not None:
-        return "it has no additive bias"
     return spread.why_not(spec) if may_be_spread() else None
 
 
@@ -99,6 +97,34 @@ def ids_at(blocks: Blocks, packed: bool) -> list[pl.BlockSpec]:
         return pl.BlockSpec((1, 1, size), lambda b, n, p, table, *_: (b, 0, table[row_of(table, b), column, p]))
 
     return [part(0, blocks.block_q), part(1, blocks.block_kv)] if packed else []
+
+
+def bias_at(bias: Float[Array, "#B #N T_up S_up"], blocks: Blocks) -> pl.BlockSpec:
+    """The part [q, c] for a visit of a padded bias, which rows of the batch and heads may share."""
+
+    def place(b: Any, n: Any, p: Any, table: Any, *_: Any) -> tuple[Any, ...]:
+        row = row_of(table, b)
+        return b if bias.shape[0] > 1 else 0, n if bias.shape[1] > 1 else 0, table[row, 0, p], table[row, 1, p]
+
+    return pl.BlockSpec((1, 1, blocks.block_q, blocks.block_kv), place)
+
+
+def bias_rows(bias: Float[Array, "#B #N T S"] | None, blocks: Blocks) -> list[Any]:
+    """The bias in whole blocks, without a copy where they divide it, or none; bfloat16 stays, half the bytes."""
+    if bias is None:
+        return []
+    pads = ((0, -blocks.q_total % blocks.block_q), (0, -blocks.kv_total % blocks.block_kv))
+    return [jnp.pad(bias if bias.dtype == jnp.bfloat16 else bias.astype(jnp.float32), ((0, 0), (0, 0), *pads))]
+
+
+def with_bias(scores: Any, scoring: Scoring, bias: Any) -> Any:
+    """Products q k, or capped scores, as scores with a bias."""
+    return (scores * scoring.scale if scoring.soft_cap is None else scores) + bias.astype(jnp.float32)
+
+
+def exponent_of(scoring: Scoring, biased: bool) -> float:
+    """What turns scores as the kernels hold them into exponents of 2; a bias or a soft cap took the scale in before."""
+    return LOG2_E * (scoring.scale if scoring.soft_cap is None and not biased else 1.0)
 
 
 def segment_rows(mask: Mask, blocks: Blocks) -> list[Any]:
@@ -167,7 +193,7 @@ def forward(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K Hv"],
-    bias: None,
+    bias: Float[Array, "#B #N T S"] | None,
     mask: Mask,
     scoring: Scoring,
     dtype: Any,
@@ -182,18 +208,19 @@ def forward(
     head_dim, value_dim = q.shape[3], v.shape[3]
     scalars = prefetched(mask, blocks, batch, by=0)
     table = scalars[0]
-    segments = segment_rows(mask, blocks)
+    segments, biases = segment_rows(mask, blocks), bias_rows(bias, blocks)
 
     padded = blocks.counts[0] * blocks.block_q
     statistics = pltpu.VMEM((blocks.block_q, LANES), jnp.float32)
     out, lse = pl.pallas_call(
-        functools.partial(_forward_kernel, mask, scoring, blocks, bool(segments)),
+        functools.partial(_forward_kernel, mask, scoring, blocks, bool(segments), bool(biases)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(batch, heads, table.shape[2]),
             in_specs=[
                 block_at(0, blocks.block_q, head_dim),
                 *(block_at(1, blocks.block_kv, dim, group) for dim in (head_dim, value_dim)),
+                *(bias_at(x, blocks) for x in biases),
                 *ids_at(blocks, bool(segments)),
             ],
             out_specs=[block_at(0, blocks.block_q, value_dim), row_at(blocks.block_q)],
@@ -208,19 +235,22 @@ def forward(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
         name="attention_forward",
-    )(*scalars, head_major(q, blocks.block_q), *(head_major(x, blocks.block_kv) for x in (k, v)), *segments)
+    )(*scalars, head_major(q, blocks.block_q), *(head_major(x, blocks.block_kv) for x in (k, v)), *biases, *segments)
     return out[:, :, : blocks.q_total].transpose(0, 2, 1, 3), lse[:, :, 0, : blocks.q_total]
 
 
-def _forward_kernel(mask: Mask, scoring: Scoring, blocks: Blocks, packed: bool, table, lens, first, q, k, v, *refs):
+def _forward_kernel(
+    mask: Mask, scoring: Scoring, blocks: Blocks, packed: bool, biased: bool, table, lens, first, q, k, v, *refs
+):
     """One visit. Scratch: the greatest score and the sum of weights so far [q, 128], of which the sum is per lane, the
     weighted values [q, Hv], and the segments of the queries [q, 128].
     """
+    bias, refs = (refs[0], refs[1:]) if biased else (None, refs)
     ids, (out, lse, top, norm, total, *q_ids) = (refs[:2], refs[2:]) if packed else ((), refs)
     b, p = pl.program_id(0), pl.program_id(2)
     row = row_of(table, b)
     i, j, bits = (table[row, column, p] for column in range(3))
-    factor = LOG2_E * (scoring.scale if scoring.soft_cap is None else 1.0)
+    factor = exponent_of(scoring, biased)
 
     @pl.when(bits & FIRST > 0)
     def _begin():
@@ -235,6 +265,8 @@ def _forward_kernel(mask: Mask, scoring: Scoring, blocks: Blocks, packed: bool, 
         scores = dot(q[0, 0, rows], k[0, 0, :keys], (1, 1))
         if scoring.soft_cap is not None:
             scores = scoring.soft_cap * jnp.tanh(scores * (scoring.scale / scoring.soft_cap))
+        if bias is not None:
+            scores = with_bias(scores, scoring, bias[0, 0, rows, :keys])
         if masked_from < keys:
             shape = (scores.shape[0], keys - masked_from)
             q_position = jax.lax.broadcasted_iota(jnp.int32, shape, 0) + (i * blocks.block_q + rows.start + first[0])
@@ -261,6 +293,6 @@ def _forward_kernel(mask: Mask, scoring: Scoring, blocks: Blocks, packed: bool, 
         whole = jnp.broadcast_to(jnp.sum(norm[...], axis=1, keepdims=True), norm.shape)
         safe = jnp.where(whole == 0, 1.0, whole)
         out[0, 0] = (total[...] / repeated(safe, total.shape[1])).astype(out.dtype)
-        # The greatest score lacks the scale, unless a soft cap brought it in.
+        # The greatest score lacks the scale, unless a soft cap or a bias brought it in.
         scaled = jnp.where(whole == 0, MASKED, top[...] * (factor / LOG2_E) + jnp.log(safe))
         lse[0, 0] = scaled.T[:1]

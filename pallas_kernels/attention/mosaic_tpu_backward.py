@@ -24,9 +24,12 @@ from meshloom.pallas_kernels.attention.mosaic_tpu import (
     VMEM_LIMIT,
     across,
     allowed,
+    bias_at,
+    bias_rows,
     block_at,
     blocks_of,
     dot,
+    exponent_of,
     head_major,
     ids_at,
     prefetched,
@@ -35,7 +38,9 @@ from meshloom.pallas_kernels.attention.mosaic_tpu import (
     row_of,
     run_visits,
     segment_rows,
+    with_bias,
 )
+from meshloom.pallas_kernels.attention.mosaic_tpu_bias import bias_gradient
 from meshloom.pallas_kernels.attention.spec import AttentionSpec, Mask
 from meshloom.pallas_kernels.attention.tuned import tuned_blocks
 from meshloom.pallas_kernels.attention.visits import FIRST, LAST, Blocks
@@ -60,14 +65,16 @@ def backward(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K Hv"],
-    bias: None,
+    bias: Float[Array, "#B #N T S"] | None,
     mask: Mask,
     scoring: Scoring,
     lse: Float[Array, "B N T"],
     delta: Float[Array, "B N T"],
     d_out: Float[Array, "B T N Hv"],
     dtype: Any,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"], None]:
+) -> tuple[
+    Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"], Float[Array, "#B #N T S"] | None
+]:
     """Equal to the reference up to rounding; contract as in kernel.py.
 
     Source: Dao 2023, FlashAttention-2, algorithm 2.
@@ -78,12 +85,14 @@ def backward(
     head_dim, value_dim = q.shape[3], v.shape[3]
     scalars = prefetched(mask, blocks, batch, by=1)
     table = scalars[0]
-    segments = segment_rows(mask, blocks)
+    segments, biases = segment_rows(mask, blocks), bias_rows(bias, blocks)
     q_padded, kv_padded = blocks.counts[0] * blocks.block_q, blocks.counts[1] * blocks.block_kv
 
     rows = [jnp.pad(x, ((0, 0), (0, 0), (0, q_padded - blocks.q_total)))[:, :, None] for x in (lse * LOG2_E, delta)]
+    by_query = [head_major(x, blocks.block_q) for x in (q, d_out.astype(q.dtype))]
+    by_key = [head_major(x, blocks.block_kv) for x in (k, v)]
     dq, dk, dv = pl.pallas_call(
-        functools.partial(_backward_kernel, mask, scoring, blocks, bool(segments)),
+        functools.partial(_backward_kernel, mask, scoring, blocks, bool(segments), bool(biases)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(batch, heads, table.shape[2]),
@@ -91,6 +100,7 @@ def backward(
                 *(block_at(0, blocks.block_q, dim) for dim in (head_dim, value_dim)),
                 *(row_at(blocks.block_q), row_at(blocks.block_q)),
                 *(block_at(1, blocks.block_kv, dim, group) for dim in (head_dim, value_dim)),
+                *(bias_at(x, blocks) for x in biases),
                 *ids_at(blocks, bool(segments)),
             ],
             out_specs=[
@@ -110,9 +120,10 @@ def backward(
         name="attention_backward",
     )(
         *scalars,
-        *(head_major(x, blocks.block_q) for x in (q, d_out.astype(q.dtype))),
+        *by_query,
         *rows,
-        *(head_major(x, blocks.block_kv) for x in (k, v)),
+        *by_key,
+        *biases,
         *segments,
     )
 
@@ -120,18 +131,36 @@ def backward(
         summed = jnp.sum(x.reshape(batch, -1, group, *x.shape[2:]), axis=2)
         return summed[:, :, : blocks.kv_total].transpose(0, 2, 1, 3).astype(dtype)
 
-    return dq[:, :, : blocks.q_total].transpose(0, 2, 1, 3).astype(dtype), of_kv_heads(dk), of_kv_heads(dv), None
+    d_bias = None
+    if bias is not None:
+        d_bias = bias_gradient(bias, mask, scoring, blocks, scalars[1:], by_query, rows, by_key, segments)
+    return dq[:, :, : blocks.q_total].transpose(0, 2, 1, 3).astype(dtype), of_kv_heads(dk), of_kv_heads(dv), d_bias
 
 
 def _backward_kernel(
-    mask: Mask, scoring: Scoring, blocks: Blocks, packed: bool, table, lens, first, q, d_out, lse, delta, k, v, *refs
+    mask: Mask,
+    scoring: Scoring,
+    blocks: Blocks,
+    packed: bool,
+    biased: bool,
+    table,
+    lens,
+    first,
+    q,
+    d_out,
+    lse,
+    delta,
+    k,
+    v,
+    *refs,
 ):
     """One visit. Scratch: dk and dv of the key block, float32, and the segments of its keys [c, 128]."""
+    bias, refs = (refs[0], refs[1:]) if biased else (None, refs)
     ids, (dq, dk, dv, dk_sum, dv_sum, *kv_ids) = (refs[:2], refs[2:]) if packed else ((), refs)
     b, p = pl.program_id(0), pl.program_id(2)
     row = row_of(table, b)
     i, j, bits = (table[row, column, p] for column in range(3))
-    factor = LOG2_E * (scoring.scale if scoring.soft_cap is None else 1.0)
+    factor = exponent_of(scoring, biased)
 
     @pl.when(p == 0)
     def _begin_head():
@@ -152,6 +181,8 @@ def _backward_kernel(
         if scoring.soft_cap is not None:
             bent = jnp.tanh(scores * (scoring.scale / scoring.soft_cap))
             scores, slope = scoring.soft_cap * bent, 1 - bent * bent
+        if bias is not None:
+            scores = with_bias(scores, scoring, bias[0, 0, rows, :keys].astype(jnp.float32).T)
         weights = jnp.exp2(scores * factor - lse[0, 0, :, rows])
         if masked_from < keys:
             shape = (keys - masked_from, scores.shape[1])

@@ -3,8 +3,8 @@
 Rows lie over the axes that split batches, heads over the axis that splits weights, as in every layout that is derived;
 where the arrays lie otherwise XLA moves them first. Kv heads that do not divide are repeated until they do, so that a
 device has those that its heads read. A kernel that is a ring takes the tokens of a device as well, where an axis splits
-those. Nothing else is summed over devices: attention has no such sum in either pass. Both passes are mapped apart, so
-none is ever transposed.
+those. Nothing else is summed over devices but the gradient of a bias that rows or heads share: attention has no other
+such sum in either pass. Both passes are mapped apart, so none is ever transposed.
 """
 
 import dataclasses
@@ -82,10 +82,10 @@ def sum_of_copies(x: Float[Array, "B S copies H"], kv_heads: int) -> Float[Array
 
 
 def over_mesh(kernel: Kernel, *, tokens: str | None = None) -> Kernel:
-    """The same kernel over the mesh in scope, for shapes that `why_not` has nothing against; without a bias.
+    """The same kernel over the mesh in scope, for shapes that `why_not` has nothing against.
 
     Args:
-        tokens: the axis over which the kernel is a ring; without one every device has all tokens.
+        tokens: the axis over which the kernel is a ring, which has no bias; without one every device has all tokens.
     """
     mesh = jax.sharding.get_abstract_mesh()
     rows = tuple(axis for axis in BATCH_AXES if mesh.shape.get(axis, 1) > 1) or None
@@ -108,25 +108,39 @@ def over_mesh(kernel: Kernel, *, tokens: str | None = None) -> Kernel:
         # The bodies hold Pallas calls, which do not say over which axes their results vary.
         return jax.shard_map(run, mesh=mesh, in_specs=(*inputs, of_mask(mask)), out_specs=outputs, check_vma=False)
 
+    def of_bias(bias: Any) -> PartitionSpec | None:
+        if bias is None:
+            return None
+        return PartitionSpec(rows if bias.shape[0] > 1 else None, heads if bias.shape[1] > 1 else None)
+
+    def axes_sharing(bias: Any) -> tuple[str, ...]:
+        """Those over which devices have the same part of the bias, for other rows or heads."""
+        if bias is None:
+            return ()
+        of_rows, of_heads = rows or (), () if heads is None else (heads,)
+        return (of_rows if bias.shape[0] == 1 else ()) + (of_heads if bias.shape[1] == 1 else ())
+
     def forward(q, k, v, bias, mask, scoring, dtype):
-        def run(q, k, v, mask):
+        def run(q, k, v, bias, mask):
             return kernel.forward(q, k, v, bias, mask, scoring, dtype)
 
-        return mapped(run, mask, (array, array, array), (array, statistics))(q, repeated(k), repeated(v), mask)
+        inputs = (array, array, array, of_bias(bias))
+        return mapped(run, mask, inputs, (array, statistics))(q, repeated(k), repeated(v), bias, mask)
 
     def backward(q, k, v, bias, mask, scoring, lse, delta, d_out, dtype):
         kv_heads = k.shape[2]
-        copied = kv_copies(kv_heads, ways) > 1
+        copied, sharing = kv_copies(kv_heads, ways) > 1, axes_sharing(bias)
 
-        def run(q, k, v, lse, delta, d_out, mask):
+        def run(q, k, v, bias, lse, delta, d_out, mask):
             own = jnp.float32 if copied else dtype
-            return kernel.backward(q, k, v, bias, mask, scoring, lse, delta, d_out, own)[:3]
+            *gradients, d_bias = kernel.backward(q, k, v, bias, mask, scoring, lse, delta, d_out, own)
+            return *gradients, jax.lax.psum(d_bias, sharing) if sharing else d_bias
 
-        inputs = (array, array, array, statistics, statistics, array)
-        gradients = mapped(run, mask, inputs, (array, array, array))
-        dq, dk, dv = gradients(q, repeated(k), repeated(v), lse, delta, d_out, mask)
+        inputs = (array, array, array, of_bias(bias), statistics, statistics, array)
+        gradients = mapped(run, mask, inputs, (array, array, array, of_bias(bias)))
+        dq, dk, dv, d_bias = gradients(q, repeated(k), repeated(v), bias, lse, delta, d_out, mask)
         if copied:
             dq, dk, dv = (x.astype(dtype) for x in (dq, sum_of_copies(dk, kv_heads), sum_of_copies(dv, kv_heads)))
-        return dq, dk, dv, None
+        return dq, dk, dv, d_bias
 
     return Kernel(forward, backward)

@@ -122,6 +122,16 @@ class Blocks:
         bits = xp.where(steps < count, bits, 0)[..., None]
         return jnp.asarray(xp.concatenate([table, bits], axis=2), jnp.int32)
 
+    def allowed_pairs(self, mask: Mask) -> Int[Array, "#B 3 P"]:
+        """Query block, key block and bits of `pairs`, in the same order for all rows of the batch.
+
+        Of the bits only ACTIVE, where the data leaves anything, and MASKED_IN_PART.
+        """
+        pairs = self.pairs(mask)
+        bits = ACTIVE * self.seen(mask, pairs) + MASKED_IN_PART * ~self.whole(mask, pairs)
+        places = jnp.broadcast_to(jnp.asarray(pairs.T), (bits.shape[0], 2, len(pairs)))
+        return jnp.concatenate([places, jnp.asarray(bits, jnp.int32)[:, None]], axis=1)
+
 
 def _numpy_for(mask: Mask) -> Any:
     """NumPy where the table is known when tracing, so that no program computes it; JAX's where the data decides."""

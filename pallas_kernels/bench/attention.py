@@ -28,7 +28,7 @@ _TILE_CYCLES = {"v5e": 32, "v5p": 32, "v6e": 16}
 # is one kernel or two.
 SPLASH = (((1024, 1024, 512), False), ((1024, 1024, 512), True), ((1024, 1024, 1024), False))
 # Rows that the comparison makes.
-ATTENTION_ROWS = 2 + sum(1 if fused else 2 for _, fused in SPLASH)
+ATTENTION_ROWS = 5 + sum(1 if fused else 2 for _, fused in SPLASH)
 
 
 def attention_on_tpu(devices: Devices, folder: pathlib.Path) -> Iterator[KernelFigures]:
@@ -39,21 +39,17 @@ def attention_on_tpu(devices: Devices, folder: pathlib.Path) -> Iterator[KernelF
     """
     mesh = make_mesh({"fsdp": 1}, target_devices(devices)[:1])
     whole = jax.NamedSharding(mesh, jax.P())
-    peak = _TILE_CYCLES.get(devices.platform)
+    peak, dims = _TILE_CYCLES.get(devices.platform), (HEAD_DIM, HEAD_DIM)
     x = jax.ShapeDtypeStruct((1, TOKENS, HEADS, HEAD_DIM), jnp.bfloat16, sharding=whole)
     compile_for(mesh, jax.grad(lambda q, k, v: _sum(attention(q, k, v, mask=Mask())), argnums=(0, 1, 2)), x, x, x)
-    dims = HEAD_DIM, HEAD_DIM
-    for op, module, name, products, by in (
-        ("attention forward", mosaic_tpu, "attention_forward", 2, 0),
-        ("attention backward", mosaic_tpu_backward, "attention_backward", 5, 1),
-    ):
-        blocks = mosaic_tpu.blocks_of(TOKENS, TOKENS, module.BLOCK_Q, module.BLOCK_KV)
-        with jax.set_mesh(mesh):
-            blocks = tuned_blocks(name, x, x, x, Mask(), Scoring(1.0), blocks)
-        label = f"meshloom {blocks.block_q}x{blocks.block_kv}"
-        hbm = hbm_bytes(blocks, Mask(), by, dims) / least_bytes(blocks, by, dims)
-        regions, vmem = kernel_regions(folder, name), kernel_memory(folder, name)
-        yield _figures(op, label, regions, _visits(blocks, by), blocks, products, peak, hbm=hbm, vmem=vmem)
+    yield from _ours(mesh, folder, "attention", x, peak)
+    bias = jax.ShapeDtypeStruct((1, HEADS, TOKENS, TOKENS), jnp.float32, sharding=whole)
+
+    def biased(q, k, v, bias):
+        return _sum(attention(q, k, v, mask=Mask(), bias=bias))
+
+    compile_for(mesh, jax.grad(biased, argnums=(0, 1, 2, 3)), x, x, x, bias)
+    yield from _ours(mesh, folder, "attention with a bias,", x, peak, biased=True)
     x = jax.ShapeDtypeStruct((HEADS, TOKENS, HEAD_DIM), jnp.bfloat16, sharding=whole)
     for sizes, fused in SPLASH:
         peer = _splash(sizes, fused)
@@ -74,6 +70,29 @@ def attention_on_tpu(devices: Devices, folder: pathlib.Path) -> Iterator[KernelF
         vmem = max(kernel_memory(folder, name) or 0 for name in names) or None
         shown = {"peer": True, "vmem": vmem}
         yield _figures("attention backward", label, regions, [pairs] * len(parts), blocks, 5, peak, **shown)
+
+
+def _ours(
+    mesh: Any, folder: pathlib.Path, op: str, x: Any, peak: int | None, *, biased: bool = False
+) -> Iterator[KernelFigures]:
+    """The kernels of the program that was compiled last."""
+    dims = HEAD_DIM, HEAD_DIM
+    kernels = [
+        ("forward", mosaic_tpu, "attention_forward", "attention_forward", 2, 0),
+        ("backward", mosaic_tpu_backward, "attention_backward", "attention_backward", 5, 1),
+    ]
+    if biased:  # the blocks of the backward kernel, in the order of queries
+        kernels.append(("its gradient", mosaic_tpu_backward, "attention_backward", "attention_bias_gradient", 2, 0))
+    for which, module, tuned, name, products, by in kernels:
+        blocks = mosaic_tpu.blocks_of(TOKENS, TOKENS, module.BLOCK_Q, module.BLOCK_KV)
+        with jax.set_mesh(mesh):
+            blocks = tuned_blocks(tuned, x, x, x, Mask(), Scoring(1.0), blocks, biased=biased)
+        label = f"meshloom {blocks.block_q}x{blocks.block_kv}"
+        hbm = None if biased else hbm_bytes(blocks, Mask(), by, dims) / least_bytes(blocks, by, dims)
+        regions, vmem, visits = kernel_regions(folder, name), kernel_memory(folder, name), _visits(blocks, by)
+        runs = sum(visits) if which == "its gradient" else None
+        shown = {"hbm": hbm, "vmem": vmem, "runs": runs}
+        yield _figures(f"{op} {which}", label, regions, visits, blocks, products, peak, **shown)
 
 
 def _sum(x: Any) -> Any:
@@ -163,16 +182,18 @@ def _figures(
     peak: int | None,
     *,
     peer: bool = False,
+    runs: int | None = None,
     hbm: float | None = None,
     vmem: int | None = None,
 ) -> KernelFigures:
     """Figures of one op from the schedule of its kernels. Our last region with products is the one without a mask; a
-    peer tests the mask in all it has, and every visit runs all of them.
+    peer tests the mask in all it has, and every visit runs all of them. What begins and ends a run counts for as many
+    runs as are said, or for one of each block.
     """
     working = [region for region in regions if region.matmuls]
     plain = working if peer else working[-1:]
     tiles = products * blocks.block_q * blocks.block_kv / TILE**2
     tile_cycles = sum(map(cycles_of, plain)) / tiles
-    cycles = _cycles(regions, visits, visits[0] if peer else sum(visits), blocks.counts[0])
+    cycles = _cycles(regions, visits, visits[0] if peer else sum(visits), runs or blocks.counts[0])
     share = None if peak is None else peak / tile_cycles
     return KernelFigures(op, kernel, tile_cycles, share, cycles, sum(region.spills for region in plain), hbm, vmem)

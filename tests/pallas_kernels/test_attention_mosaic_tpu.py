@@ -14,7 +14,15 @@ from jax.experimental.pallas import tpu as pltpu
 from meshloom.core.ahead import target_devices
 from meshloom.core.topology import make_mesh, parse_devices, parse_mesh
 from meshloom.pallas_kernels import Mask, attention
-from meshloom.pallas_kernels.attention import ATTENTION, chunked, mosaic_tpu, mosaic_tpu_backward, reference, spread
+from meshloom.pallas_kernels.attention import (
+    ATTENTION,
+    chunked,
+    mosaic_tpu,
+    mosaic_tpu_backward,
+    mosaic_tpu_bias,
+    reference,
+    spread,
+)
 from meshloom.pallas_kernels.attention.cases import ATTENTION_CASES, AttentionCase
 from meshloom.pallas_kernels.attention.kernel import Kernel, row_products
 from meshloom.pallas_kernels.attention.spec import AttentionSpec
@@ -22,12 +30,20 @@ from meshloom.pallas_kernels.attention.spread import over_mesh
 from meshloom.pallas_kernels.dispatch import Target, explain
 from tests.compilers import needs_tpu
 
-CASES = [case for case in ATTENTION_CASES if case.bias is None and not case.sinks]
-# On a simulated TPU. The one with most to do takes half a minute.
+CASES = [case for case in ATTENTION_CASES if not case.sinks or case.bias is not None]
+# On a simulated TPU, and whether it takes half a minute.
+_SIMULATED = {
+    "several_blocks": False,
+    "no_key_in_reach": False,
+    "bias_of_heads": False,
+    "segments_skip_blocks": True,
+    "bias_skips_blocks": True,
+    "bias_of_both_in_blocks": True,
+}
 SIMULATED = [
-    pytest.param(case, id=case.name, marks=pytest.mark.slow if case.name == "segments_skip_blocks" else ())
+    pytest.param(case, id=case.name, marks=pytest.mark.slow if _SIMULATED[case.name] else ())
     for case in CASES
-    if case.name in ("several_blocks", "segments_skip_blocks", "no_key_in_reach")
+    if case.name in _SIMULATED
 ]
 
 
@@ -35,24 +51,26 @@ SIMULATED = [
 def small_blocks(monkeypatch):
     """Blocks of 256 queries and keys with strips of 128, so that small cases have several of each."""
     for module in (mosaic_tpu, mosaic_tpu_backward):
-        for name, value in (("BLOCK_Q", 256), ("BLOCK_KV", 256), ("STRIP", 128)):
-            monkeypatch.setattr(module, name, value)
+        for name in ("BLOCK_Q", "BLOCK_KV"):
+            monkeypatch.setattr(module, name, 256)
+    for module in (mosaic_tpu, mosaic_tpu_backward, mosaic_tpu_bias):
+        monkeypatch.setattr(module, "STRIP", 128)
 
 
 def passes(kernel, case: AttentionCase, dtype=jnp.float32):
-    """out, lse, dq, dk, dv of one kernel as float32 numpy; the backward pass is fed by the reference's forward."""
+    """out, lse, dq, dk, dv and dbias of one kernel, float32 numpy; backward is fed by the reference's forward."""
     q, k, v, mask = case.arrays()
-    want, lse = reference.forward(q, k, v, None, mask, case.scoring, jnp.float32)
+    bias, _ = case.extras()
+    want, lse = reference.forward(q, k, v, bias, mask, case.scoring, jnp.float32)
     d_out = jnp.asarray(np.random.default_rng(3).normal(size=want.shape), case.dtype)
     delta = row_products(want, d_out)
 
     @jax.jit
-    def run(q, k, v, lse, delta, d_out):
-        forth = kernel.forward(q, k, v, None, mask, case.scoring, dtype)
-        back = kernel.backward(q, k, v, None, mask, case.scoring, lse, delta, d_out, dtype)
-        return *forth, *back[:3]
+    def run(q, k, v, bias, lse, delta, d_out):
+        forth = kernel.forward(q, k, v, bias, mask, case.scoring, dtype)
+        return forth, kernel.backward(q, k, v, bias, mask, case.scoring, lse, delta, d_out, dtype)
 
-    return [np.asarray(x, np.float32) for x in run(q, k, v, lse, delta, d_out)]
+    return [np.asarray(x, np.float32) for x in jax.tree.leaves(run(q, k, v, bias, lse, delta, d_out))]
 
 
 def assert_close(case: AttentionCase, got: list[np.ndarray]):
@@ -81,23 +99,37 @@ def test_nothing_races_and_nothing_is_read_before_it_is_written(case, small_bloc
 
 def test_two_runs_are_bitwise_the_same(small_blocks, monkeypatch):
     monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
-    case = next(case for case in CASES if case.name == "segments_skip_blocks")
+    case = next(case for case in CASES if case.name == "bias_skips_blocks")
     for one, two in zip(passes(kernel_pair(), case), passes(kernel_pair(), case), strict=True):
         np.testing.assert_array_equal(one, two)
 
 
-def compiled_for(chip: str, case: AttentionCase, axes: str = "fsdp=1"):
+def test_no_gradient_of_a_bias_is_left_where_no_pair_is_visited(small_blocks, monkeypatch):
+    monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
+    case = next(case for case in CASES if case.name == "bias_skips_blocks")
+    d_bias = passes(kernel_pair(), case)[-1]
+    for i, j in ((0, 1), (0, 2), (1, 2), (2, 0)):
+        assert not np.any(d_bias[:, :, 256 * i : 256 * (i + 1), 256 * j : 256 * (j + 1)])
+    assert np.any(d_bias[:, :, 256:512, :256])
+
+
+def compiled_for(chip: str, case: AttentionCase, axes: str = "fsdp=1", by_bias: bool = True):
     """The gradient of `attention`, compiled for chips: what was chosen there is what is in the program."""
     where = parse_devices(chip)
     mesh = make_mesh(axes, target_devices(where)[: math.prod(parse_mesh(axes).values())])
     by_rows = jax.NamedSharding(mesh, jax.P("fsdp"))
     q, k, v, mask = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_rows), case.arrays())
+    bias = None
+    if case.bias is not None:
+        whole = jax.NamedSharding(mesh, jax.P())
+        bias = jax.ShapeDtypeStruct((*case.bias, case.q_len, case.kv_len), jnp.float32, sharding=whole)
 
-    def loss(q, k, v, mask):
-        return jnp.sum(attention(q, k, v, mask=mask, soft_cap=case.soft_cap).astype(jnp.float32))
+    def loss(q, k, v, bias, mask):
+        return jnp.sum(attention(q, k, v, mask=mask, bias=bias, soft_cap=case.soft_cap).astype(jnp.float32))
 
+    arguments = (0, 1, 2, 3) if by_bias else (0, 1, 2)
     with jax.set_mesh(mesh):
-        return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v, mask).compile().as_text()
+        return jax.jit(jax.grad(loss, argnums=arguments)).lower(q, k, v, bias, mask).compile().as_text()
 
 
 EVERYTHING = {"segments": 2, "soft_cap": 20.0, "dtype": "bfloat16"}
@@ -105,12 +137,20 @@ EVERYTHING = {"segments": 2, "soft_cap": 20.0, "dtype": "bfloat16"}
 
 @needs_tpu
 @pytest.mark.parametrize("chip", ["v5e:1x1", "v5p:1x1x1", "v6e:1x1", "tpu7x:1x1x1"])
-def test_both_kernels_compile_for_each_chip_and_are_chosen_there(chip):
+def test_all_kernels_compile_for_each_chip_and_are_chosen_there(chip):
     # Blocks of 512, of the 1024 that long sequences have and test_bench.py compiles: the time to compile is theirs.
     sizes = {"q_len": 512, "kv_len": 512, "head_dim": 128, "value_dim": 128, "lens": (300, 512)}
-    text = compiled_for(chip, AttentionCase("all", window=200, **sizes, **EVERYTHING))
-    assert "attention_forward" in text
+    text = compiled_for(chip, AttentionCase("all", window=200, bias=(1, 4), **sizes, **EVERYTHING))
+    for kernel in ("attention_forward", "attention_backward", "attention_bias_gradient"):
+        assert kernel in text
+
+
+@needs_tpu
+def test_a_bias_whose_gradient_nobody_asks_for_costs_no_gradient(small_blocks):
+    case = AttentionCase("constant", q_len=256, kv_len=256, head_dim=128, value_dim=128, bias=(1, 4))
+    text = compiled_for("v6e:1x1", case, by_bias=False)
     assert "attention_backward" in text
+    assert "attention_bias_gradient" not in text
 
 
 @needs_tpu
@@ -132,7 +172,7 @@ def test_the_table_says_why_not():
     plain = {"bias_shape": None, "mask": Mask()}
     assert reason(on_tpu, **plain) is None
     assert "it runs on TPUs, not on cpu" in reason(Target("cpu", "cpu"), **plain)
-    assert "no additive bias" in reason(on_tpu, bias_shape=(1, 8, 4096, 4096), mask=Mask())
+    assert reason(on_tpu, bias_shape=(1, 8, 4096, 4096), mask=Mask()) is None
     assert "takes 536,870,912 bytes" in reason(on_tpu, **plain, q_shape=(1, 2**20, 8, 128))
     long = {"q_shape": (1, 2**16, 8, 128)}
     assert reason(on_tpu, **plain, **long) is None
@@ -150,11 +190,22 @@ def test_the_table_says_why_not():
         assert "context axis" in reason(on_tpu, **plain | {"q_shape": (1, 4095, 8, 128)})
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=2", "data=2,fsdp=2,tensor=2", "fsdp=2,expert=2,tensor=2", "tensor=2"])
-@pytest.mark.parametrize("name", ["segments_window_cap", "bidirectional_lens", "offset_window"])
+MESHES = ("fsdp=2", "data=2,fsdp=2,tensor=2", "fsdp=2,expert=2,tensor=2", "tensor=2")
+
+
+@pytest.mark.parametrize(
+    ("mesh", "name"),
+    [
+        *((mesh, name) for mesh in MESHES for name in ("segments_window_cap", "bidirectional_lens", "offset_window")),
+        *(("data=2,fsdp=2,tensor=2", f"bias_of_{shared}") for shared in ("heads", "rows", "both_in_blocks")),
+        ("fsdp=2", "bias_skips_blocks"),
+    ],
+)
 def test_a_kernel_over_a_mesh_is_the_kernel(mesh, name, monkeypatch):
     case = dataclasses.replace(next(case for case in CASES if case.name == name), batch=4, q_len=24, kv_len=24)
     case = dataclasses.replace(case, lens=None if case.lens is None else (5, 24, 0, 9))
+    if case.bias is not None:
+        case = dataclasses.replace(case, bias=(4 if case.bias[0] > 1 else 1, case.bias[1]))
     kernel = Kernel(chunked.forward, chunked.backward)
     axes = parse_mesh(mesh)
     with jax.set_mesh(make_mesh(axes, jax.devices()[: math.prod(axes.values())])):

@@ -65,6 +65,11 @@ def over(x: Any, axis: int, width: int) -> Any:
     return jax.lax.broadcast_in_dim(x, (ROWS, width), [axis])
 
 
+def row_positions(first: Any) -> Any:
+    """Positions of a tile's rows, int32 [r]."""
+    return plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=BY_ROW) + first
+
+
 def loaded(array: Any, layout: Any) -> Any:
     """Numbers for rows or columns, straight from global memory."""
     return plgpu.load(array, layout=layout, optimized=False)
@@ -89,8 +94,8 @@ class Ring:
     lag: int = 1
 
     def begin(self) -> None:
-        for step in range(self.stages - self.lag):
-            self._fetch(step)
+        # A loop, since a step that is known while tracing may not lie past an array's end, not even if it is not taken.
+        pl.loop(0, self.stages - self.lag, unroll=True)(self._fetch)
 
     def take(self, step: Any) -> Any:
         """The slot of a step, filled; before that the copies of a later one are asked for."""

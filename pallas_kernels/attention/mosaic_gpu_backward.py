@@ -27,7 +27,6 @@ from meshloom.pallas_kernels.attention.mosaic_gpu_tiles import (
     kept,
     padded_ids,
     padded_tokens,
-    row_positions,
     soft_capped,
 )
 from meshloom.pallas_kernels.attention.reach import Reach
@@ -42,6 +41,7 @@ from meshloom.pallas_kernels.hopper import (
     loaded,
     nothing,
     over,
+    row_positions,
     tiled,
 )
 

@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from meshloom.pallas_kernels.attention.kernel import Scoring
 from meshloom.pallas_kernels.attention.reach import Reach
 from meshloom.pallas_kernels.attention.spec import Mask
-from meshloom.pallas_kernels.hopper import BY_COLUMN, BY_ROW, ROWS, column, loaded, over
+from meshloom.pallas_kernels.hopper import BY_COLUMN, ROWS, column, loaded, over, row_positions
 
 LOG2_E = math.log2(math.e)
 # A copy wants whole tiles of so many tokens in the array, though it may begin or end outside of it.
@@ -51,11 +51,6 @@ def padded_tokens(x: Any) -> Any:
 def padded_ids(ids: Any, block: int) -> Any:
     """Segments [B, L] with L a multiple of `block`; what is added is in none."""
     return jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % block)), constant_values=-1)
-
-
-def row_positions(first: Any) -> Any:
-    """Positions of a tile's rows, int32 [r]."""
-    return plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=BY_ROW) + first
 
 
 def column_positions(first: Any, width: int) -> Any:

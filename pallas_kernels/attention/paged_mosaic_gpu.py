@@ -21,13 +21,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from meshloom.pallas_kernels.attention.kernel import MASKED, Scoring, with_sinks
-from meshloom.pallas_kernels.attention.mosaic_gpu_tiles import LOG2_E, column_positions, row_positions, soft_capped
+from meshloom.pallas_kernels.attention.mosaic_gpu_tiles import LOG2_E, column_positions, soft_capped
 from meshloom.pallas_kernels.attention.paged import PagedScoring
 from meshloom.pallas_kernels.attention.paged_spread import on_own_heads, spread_why_not
 from meshloom.pallas_kernels.attention.pages import KVPages, Ragged
 from meshloom.pallas_kernels.attention.spec import PagedSpec
 from meshloom.pallas_kernels.dispatch import Target
-from meshloom.pallas_kernels.hopper import CORES, ROWS, column, hopper_why_not, nothing, over, tiled
+from meshloom.pallas_kernels.hopper import CORES, ROWS, column, hopper_why_not, nothing, over, row_positions, tiled
 
 # Keys of a block, and buffers of it.
 BLOCK, STAGES = 64, 2

@@ -7,6 +7,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from meshloom.pallas_kernels.dispatch import Implementation, Target, select
+from meshloom.pallas_kernels.matmul.grouped.mosaic_gpu import MOSAIC_GPU, hopper_grouped_why_not
 from meshloom.pallas_kernels.matmul.grouped.mosaic_tpu import MOSAIC_TPU, mosaic_why_not
 from meshloom.pallas_kernels.matmul.grouped.reference import REFERENCE
 from meshloom.pallas_kernels.matmul.grouped.spec import GroupedSpec, Kernel
@@ -17,6 +18,7 @@ __all__ = ["GroupedSpec", "GroupedStatic", "grouped_gradients", "grouped_matmul"
 
 GROUPED_MATMUL = (
     Implementation("mosaic_tpu", MOSAIC_TPU, mosaic_why_not),
+    Implementation("mosaic_gpu", MOSAIC_GPU, hopper_grouped_why_not),
     Implementation("loop", LOOP, loop_why_not),
     Implementation("xla", RAGGED, lambda spec, target: None),
     Implementation("reference", REFERENCE, lambda spec, target: None),

@@ -143,10 +143,7 @@ def test_experts_over_a_mesh_take_the_kernel_with_both_gradients():
     def loss(x, weights, gate, up, down, chosen):
         return jnp.sum(routed_experts(x, weights, chosen, gate, up, down, activation=jax.nn.silu).astype(jnp.float32))
 
-    matrices = (
-        *[abstract(8, 256, 128, spec=("expert", "tensor"))] * 2,
-        abstract(8, 128, 256, spec=("expert", None, "tensor")),
-    )
+    up, down = abstract(8, 256, 128, spec=("expert", "tensor")), abstract(8, 128, 256, spec=("expert", None, "tensor"))
     arguments = abstract(64, 128), abstract(64, 2, dtype=jnp.float32), up, up, down, abstract(64, 2, dtype=jnp.int32)
     with jax.set_mesh(mesh):
         lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4))).lower(*arguments)

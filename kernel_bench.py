@@ -58,13 +58,13 @@ def _comparison(target: str, folder: pathlib.Path) -> tuple[int, Iterator[Any]]:
         if (missing := compiler_missing(devices)) is not None:
             raise ConfigError(missing)
         dump_bundles(folder)  # before anything below loads the compiler
-    from meshloom.pallas_kernels.bench import attention, cpu, experts, products
+    from meshloom.pallas_kernels.bench import attention, cpu, experts, products, tokamax
 
     if target == "cpu":
         return cpu.CPU_ROWS, cpu.kernels_on_cpu()
-    parts = (attention.attention_on_tpu, products.products_on_tpu, experts.experts_on_tpu)
+    parts = attention.attention_on_tpu, tokamax.tokamax_on_tpu, products.products_on_tpu, experts.experts_on_tpu
     found = itertools.chain.from_iterable(part(devices, folder) for part in parts)
-    return attention.ATTENTION_ROWS + products.PRODUCT_ROWS + experts.EXPERT_ROWS, found
+    return attention.ATTENTION_ROWS + tokamax.TOKAMAX_ROWS + products.PRODUCT_ROWS + experts.EXPERT_ROWS, found
 
 
 def _table(target: str, rows: list[dict[str, Any]]) -> Table:

@@ -117,7 +117,7 @@ def regions(text: str) -> list[Region]:
             for dtype in re.findall(r"vmatmul\.(?:mubr\.|msk\.)*([a-z0-9]+)", line):
                 count[f"matmul {dtype}"] += 1
         for event, number in events:
-            if event == "End" and int(number) in open_regions:
+            if event == "End" and int(number) in open_regions[1:]:
                 open_regions.remove(int(number))
     return [
         Region(

@@ -23,7 +23,7 @@ TOKENS, HEADS, HEAD_DIM = 4096, 8, 128
 TILE = 128
 # Cycles of a core for a product of 128 x 128 x 128 in bfloat16, where 128 is what is summed over or the width: v5e and
 # v5p have four arrays of 128 x 128, v6e two of 256 x 256 that take two rows a cycle, half empty at 128.
-_TILE_CYCLES = {"v5e": 32, "v5p": 32, "v6e": 16}
+PAIR_CYCLES = {"v5e": 32, "v5p": 32, "v6e": 16}
 # Block sizes (queries, keys, keys at a time) in which splash attention was fastest here, and whether its backward pass
 # is one kernel or two.
 SPLASH = (((1024, 1024, 512), False), ((1024, 1024, 512), True), ((1024, 1024, 1024), False))
@@ -39,7 +39,7 @@ def attention_on_tpu(devices: Devices, folder: pathlib.Path) -> Iterator[KernelF
     """
     mesh = make_mesh({"fsdp": 1}, target_devices(devices)[:1])
     whole = jax.NamedSharding(mesh, jax.P())
-    peak, dims = _TILE_CYCLES.get(devices.platform), (HEAD_DIM, HEAD_DIM)
+    peak, dims = PAIR_CYCLES.get(devices.platform), (HEAD_DIM, HEAD_DIM)
     x = jax.ShapeDtypeStruct((1, TOKENS, HEADS, HEAD_DIM), jnp.bfloat16, sharding=whole)
     compile_for(mesh, jax.grad(lambda q, k, v: _sum(attention(q, k, v, mask=Mask())), argnums=(0, 1, 2)), x, x, x)
     yield from _ours(mesh, folder, "attention", x, peak)
@@ -62,14 +62,14 @@ def attention_on_tpu(devices: Devices, folder: pathlib.Path) -> Iterator[KernelF
             forward, vmem = kernel_regions(folder, name), kernel_memory(folder, name)
             hbm = hbm_bytes(blocks, Mask(), 0, dims) / least_bytes(blocks, 0, dims)
             shown = {"peer": True, "hbm": hbm, "vmem": vmem}
-            yield _figures("attention forward", label, forward, [pairs], blocks, 2, peak, **shown)
+            yield pair_figures("attention forward", label, forward, [pairs], blocks, 2, peak, **shown)
         names = ["splash_mha_dkv_no_residuals"] + ([] if fused else ["splash_mha_dq_no_residuals"])
         parts = [kernel_regions(folder, name) for name in names]
         regions = [region for part in parts for region in part]
         label += ", one kernel" if fused else ", two kernels"
         vmem = max(kernel_memory(folder, name) or 0 for name in names) or None
         shown = {"peer": True, "vmem": vmem}
-        yield _figures("attention backward", label, regions, [pairs] * len(parts), blocks, 5, peak, **shown)
+        yield pair_figures("attention backward", label, regions, [pairs] * len(parts), blocks, 5, peak, **shown)
 
 
 def _ours(
@@ -89,10 +89,10 @@ def _ours(
             blocks = tuned_blocks(tuned, x, x, x, Mask(), Scoring(1.0), blocks, biased=biased)
         label = f"meshloom {blocks.block_q}x{blocks.block_kv}"
         hbm = None if biased else hbm_bytes(blocks, Mask(), by, dims) / least_bytes(blocks, by, dims)
-        regions, vmem, visits = kernel_regions(folder, name), kernel_memory(folder, name), _visits(blocks, by)
+        regions, vmem, visits = kernel_regions(folder, name), kernel_memory(folder, name), visits_of(blocks, by)
         runs = sum(visits) if which == "its gradient" else None
         shown = {"hbm": hbm, "vmem": vmem, "runs": runs}
-        yield _figures(f"{op} {which}", label, regions, visits, blocks, products, peak, **shown)
+        yield pair_figures(f"{op} {which}", label, regions, visits, blocks, products, peak, **shown)
 
 
 def _sum(x: Any) -> Any:
@@ -116,7 +116,7 @@ def _splash(sizes: tuple[int, int, int], fused: bool) -> Callable[..., Any]:
     return splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=blocks)
 
 
-def _visits(blocks: Blocks, by: int, mask: Mask | None = None) -> list[int]:
+def visits_of(blocks: Blocks, by: int, mask: Mask | None = None) -> list[int]:
     """How often our kernels run each of their regions with products: the diagonal, what is masked in part, the rest.
 
     The diagonal has a region of its own where `run_visits` goes along it in strips.
@@ -137,7 +137,7 @@ def kernel_cost(regions: list[Region], blocks: Blocks, mask: Mask, by: int, dims
     Args:
         dims: sizes of a head and of its values.
     """
-    visits = _visits(blocks, by, mask)
+    visits = visits_of(blocks, by, mask)
     return Cost(_cycles(regions, visits, sum(visits), blocks.counts[by]), hbm_bytes(blocks, mask, by, dims))
 
 
@@ -172,7 +172,7 @@ def _cycles(regions: list[Region], visits: list[int], steps: int, runs: int) -> 
     return float(cycles)
 
 
-def _figures(
+def pair_figures(
     op: str,
     kernel: str,
     regions: list[Region],

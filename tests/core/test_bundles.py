@@ -1,12 +1,13 @@
 """Schedules of TPU kernels are read as the compiler wrote them."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
 
-from meshloom.core.bundles import Region, kernel_regions, regions
+from meshloom.core.bundles import Region, kernel_memory, kernel_regions, regions
 from meshloom.core.errors import ConfigError
 from tests.compilers import needs_tpu
 
@@ -44,6 +45,20 @@ def test_each_bundle_belongs_to_the_innermost_region():
     assert outside == Region(1, bundles=2, loops=False, matmuls={}, spills=0, fills=0)
     assert loop == Region(7, bundles=3, loops=True, matmuls={"bf16": 1, "f32": 1}, spills=1, fills=1)
     assert tail == Region(9, bundles=1, loops=False, matmuls={}, spills=0, fills=0)
+
+
+def test_a_region_that_the_compiler_never_began_may_end():
+    ended = SCHEDULE.replace("End region 1 */", "End region 0 :: End region 1 */")
+    assert regions(ended + "   0x6   :  {}\n")[1:] == regions(SCHEDULE)
+
+
+def test_what_lies_in_fast_memory_whole_has_two_windows_there_as_if_it_did_not(tmp_path):
+    report = {"hlo_breakdowns": {"copy.1": {"total_size": 5}, "jvp_flash_.3": {"total_size": 1000}}}
+    (tmp_path / "1-TLP-02-vmem_report.html").write_text(f"<script>const DATA ={json.dumps(report)};</script>")
+    window = "inlined_call_operand.vmem [shape: bf16[8,64]] /* The window shape is bf16[1,64], */"
+    (tmp_path / "2-jvp_flash_.3-01-final_bundles.txt").write_text(f"0 : {{ {window} }} /* entry bundle: %flash */")
+    assert kernel_memory(tmp_path, "flash") == 1000 + 2 * 64 * 2
+    assert kernel_memory(tmp_path / "..", "flash") is None
 
 
 def test_a_folder_without_the_kernel_is_named(tmp_path):

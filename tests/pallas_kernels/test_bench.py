@@ -12,7 +12,7 @@ from meshloom import cli
 from meshloom.core.bundles import Region
 from meshloom.kernel_bench import bench_kernels
 from meshloom.pallas_kernels.attention.visits import Blocks
-from meshloom.pallas_kernels.bench import attention, cpu, experts, products
+from meshloom.pallas_kernels.bench import attention, cpu, experts, products, tokamax
 from meshloom.pallas_kernels.matmul.grouped.tiles import Tiles
 from meshloom.pallas_kernels.matmul.quantized import blocks as quantized
 from meshloom.pallas_kernels.matmul.quantized.spec import MatmulSpec
@@ -25,16 +25,24 @@ def test_cycles_are_bundles_times_how_often_they_run():
     diagonal, partly, plain = (Region(3 + n, 100 * (n + 1), False, {"bf16": 4}, n, 0) for n in range(3))
     blocks = Blocks(512, 512, 128, 128)
     regions = [loop, begin, diagonal, partly, plain]
-    figures = attention._figures("op", "ours", regions, [4, 0, 6], blocks, 2, peak=100)
+    figures = attention.pair_figures("op", "ours", regions, [4, 0, 6], blocks, 2, peak=100)
     assert figures.cycles == 4 * 100 + 6 * 300 + 10 * 10 + 4 * 5
     assert figures.tile_cycles == 300 / 2
     assert figures.peak_share == 100 / 150
     assert figures.spills == 2
 
 
+def test_tokamax_tests_the_mask_in_the_longer_of_two_regions_and_in_pairs_on_the_diagonal_alone():
+    begin = Region(1, bundles=5, loops=False, matmuls={}, spills=0, fills=0)
+    plain, testing = (Region(n, bundles, False, {"bf16": 4}, n, 0) for n, bundles in ((2, 200), (3, 300)))
+    figures = tokamax.figures([plain, begin, testing], "v6e", 7)
+    assert figures.cycles == 6 * 200 + 4 * 300 + 4 * 5
+    assert (figures.tile_cycles, figures.spills, figures.vmem) == (200 / 128, 2, 7)
+
+
 def test_no_product_is_faster_than_the_matrix_unit():
     region = Region(1, bundles=100, loops=False, matmuls={"bf16": 64}, spills=0, fills=0)
-    figures = attention._figures("op", "peer", [region], [3], Blocks(128, 128, 128, 128), 2, peak=None)
+    figures = attention.pair_figures("op", "peer", [region], [3], Blocks(128, 128, 128, 128), 2, peak=None)
     assert figures.cycles == 3 * 64 * 4
 
 
@@ -65,8 +73,8 @@ def test_a_weight_is_read_once_for_its_group_where_a_row_is_multiplied_whole():
 
 
 def test_our_visits_are_the_pairs_on_and_below_the_diagonal():
-    assert attention._visits(Blocks(4096, 4096, 1024, 1024), by=0) == [4, 0, 6]
-    assert attention._visits(Blocks(4096, 4096, 1024, 1024), by=1) == [4, 0, 6]
+    assert attention.visits_of(Blocks(4096, 4096, 1024, 1024), by=0) == [4, 0, 6]
+    assert attention.visits_of(Blocks(4096, 4096, 1024, 1024), by=1) == [4, 0, 6]
 
 
 def test_the_cpu_is_timed_beside_xla(monkeypatch, capsys):

@@ -102,8 +102,8 @@ def test_a_kernel_takes_its_cycles_or_its_bytes_whichever_is_longer():
 
 
 def test_blocks_that_are_not_square_have_no_diagonal_of_their_own():
-    assert attention._visits(Blocks(4096, 4096, 2048, 1024), by=0) == [4, 2]
-    assert attention._visits(Blocks(4096, 4096, 1024, 2048), by=1) == [4, 2]
+    assert attention.visits_of(Blocks(4096, 4096, 2048, 1024), by=0) == [4, 2]
+    assert attention.visits_of(Blocks(4096, 4096, 1024, 2048), by=1) == [4, 2]
     regions = [Region(n, 100 * n, False, {"bf16": 1}, 0, 0) for n in (1, 2)]
     cost = attention.kernel_cost(regions, Blocks(4096, 4096, 2048, 1024), Mask(), 0, (128, 128))
     assert cost.cycles == 4 * 100 + 2 * 200

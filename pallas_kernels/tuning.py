@@ -152,7 +152,8 @@ def write(path: pathlib.Path, chip: str, by: str, table: Mapping[str, Mapping[st
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps({"chip": chip, "by": by, "ops": ops}, indent=1) + "\n")
+    content = {"chip": chip, "by": by, "ops": {op: calls for op, calls in ops.items() if calls}}
+    draft.write_text(json.dumps(content, indent=1) + "\n")
     draft.replace(path)
 
 

@@ -227,7 +227,8 @@ class BenchKernels(Common):
 class Tune(Common):
     """Search the block sizes of kernels for a TPU, and keep those that are faster for all programs to come.
 
-    By the compiler's schedules, which need no TPU; with --target local by time on this machine's.
+    By the compiler's schedules, which need no TPU; with --target local by time on this machine's, which no TPU has run
+    yet.
 
     Attributes:
         target: v5e, v5p, v6e, tpu7x or local.

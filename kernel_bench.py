@@ -58,13 +58,19 @@ def _comparison(target: str, folder: pathlib.Path) -> tuple[int, Iterator[Any]]:
         if (missing := compiler_missing(devices)) is not None:
             raise ConfigError(missing)
         dump_bundles(folder)  # before anything below loads the compiler
-    from meshloom.pallas_kernels.bench import attention, cpu, experts, products, tokamax
+    from meshloom.pallas_kernels.bench import attention, collective, cpu, experts, products, tokamax
 
     if target == "cpu":
         return cpu.CPU_ROWS, cpu.kernels_on_cpu()
-    parts = attention.attention_on_tpu, tokamax.tokamax_on_tpu, products.products_on_tpu, experts.experts_on_tpu
-    found = itertools.chain.from_iterable(part(devices, folder) for part in parts)
-    return attention.ATTENTION_ROWS + tokamax.TOKAMAX_ROWS + products.PRODUCT_ROWS + experts.EXPERT_ROWS, found
+    parts = (
+        (attention.ATTENTION_ROWS, attention.attention_on_tpu),
+        (tokamax.TOKAMAX_ROWS, tokamax.tokamax_on_tpu),
+        (products.PRODUCT_ROWS, products.products_on_tpu),
+        (experts.EXPERT_ROWS, experts.experts_on_tpu),
+        (collective.COLLECTIVE_ROWS, collective.collective_on_tpu),
+    )
+    found = itertools.chain.from_iterable(part(devices, folder) for _, part in parts)
+    return sum(rows for rows, _ in parts), found
 
 
 def _table(target: str, rows: list[dict[str, Any]]) -> Table:

@@ -12,7 +12,7 @@ from meshloom import cli
 from meshloom.core.bundles import Region
 from meshloom.kernel_bench import bench_kernels
 from meshloom.pallas_kernels.attention.visits import Blocks
-from meshloom.pallas_kernels.bench import attention, cpu, experts, products, tokamax
+from meshloom.pallas_kernels.bench import attention, collective, cpu, experts, products, tokamax
 from meshloom.pallas_kernels.matmul.grouped.tiles import Tiles
 from meshloom.pallas_kernels.matmul.quantized import blocks as quantized
 from meshloom.pallas_kernels.matmul.quantized.spec import MatmulSpec
@@ -70,6 +70,18 @@ def test_a_weight_is_read_once_for_its_group_where_a_row_is_multiplied_whole():
     x, w, out = 8192 * 4096, 8 * 14336 * 4096, 8192 * 14336
     assert looped.hbm == (8 * x + w + out) / (x + w + out)
     assert stepped.hbm == (14 * x + 2 * w + out) / (x + w + out)
+
+
+def test_a_ring_multiplies_every_block_of_every_shard_and_begins_once():
+    begin, product, beside = (
+        Region(0, 50, False, {}, 0, 0),
+        Region(1, 100, False, {"bf16": 4}, 3, 0),
+        Region(2, 10, True, {}, 0, 0),
+    )
+    figures = collective._figures("op", 512, [begin, product, beside], 8 * 8, (10, 20, 30), {"bf16": 8}, None)
+    assert figures.cycles == 50 + 64 * (100 + 10)
+    assert figures.hbm == (10 + 8 * 20 + 30) / (10 + 20 + 30)
+    assert figures.spills == 3
 
 
 def test_our_visits_are_the_pairs_on_and_below_the_diagonal():

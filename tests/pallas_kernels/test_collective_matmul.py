@@ -21,7 +21,12 @@ from meshloom.core.program_report import compile_and_report
 from meshloom.core.topology import make_mesh, parse_devices
 from meshloom.pallas_kernels import all_gather_matmul, matmul_reduce_scatter
 from meshloom.pallas_kernels.dispatch import Target, explain
-from meshloom.pallas_kernels.matmul.collective import ALL_GATHER_MATMUL, MATMUL_REDUCE_SCATTER, mosaic_tpu
+from meshloom.pallas_kernels.matmul.collective import (
+    ALL_GATHER_MATMUL,
+    MATMUL_REDUCE_SCATTER,
+    mosaic_tpu,
+    mosaic_tpu_scatter,
+)
 from meshloom.pallas_kernels.matmul.collective.spec import CollectiveSpec
 from tests.compilers import needs_tpu
 
@@ -165,33 +170,36 @@ def test_a_tpu_multiplies_while_every_shard_travels(op):
         assert any(start < product < done[name] for product in products), f"{name} travels alone"
 
 
-# -- the kernel for TPUs --
+# -- the kernels for TPUs --
 
 
 @pytest.mark.parametrize(
-    ("axes", "dtype", "outputs"),
+    ("op", "axes", "dtype", "outputs"),
     [
-        ({"data": 1, "tensor": 4}, "bfloat16", 384),
-        ({"data": 2, "tensor": 2}, "float32", 128),
-        ({"data": 1, "tensor": 3}, "float32", 128),
+        (all_gather_matmul, {"data": 1, "tensor": 4}, "bfloat16", 384),
+        (all_gather_matmul, {"data": 2, "tensor": 2}, "float32", 128),
+        (all_gather_matmul, {"data": 1, "tensor": 3}, "float32", 128),
+        (matmul_reduce_scatter, {"data": 1, "tensor": 4}, "bfloat16", 384),
+        (matmul_reduce_scatter, {"data": 2, "tensor": 2}, "float32", 256),
+        (matmul_reduce_scatter, {"data": 1, "tensor": 3}, "float32", 128),
     ],
+    ids=lambda each: getattr(each, "__name__", None),
 )
-def test_the_kernel_equals_the_plain_product_without_races(axes, dtype, outputs):
+def test_the_kernels_equal_the_plain_product_without_races(op, axes, dtype, outputs):
     devices = axes["data"] * axes["tensor"]
     mesh = make_mesh(axes, jax.devices()[:devices])
+    rows, shard = (axes["data"], 32 * axes["tensor"]), 128 * axes["tensor"]
+    shapes = {
+        all_gather_matmul: ((*rows, 128), (outputs * axes["tensor"], 128)),
+        matmul_reduce_scatter: ((*rows, shard), (outputs, shard)),
+    }
     placed = [
         jax.device_put(normal(*shape, seed=i, dtype=dtype), NamedSharding(mesh, spec))
-        for i, (shape, spec) in enumerate(
-            zip(
-                [(axes["data"], 32 * axes["tensor"], 128), (outputs * axes["tensor"], 128)],
-                SPECS[all_gather_matmul][0],
-                strict=True,
-            )
-        )
+        for i, (shape, spec) in enumerate(zip(shapes[op], SPECS[op][0], strict=True))
     ]
     # A simulation needs to know which TPU it is of.
     of_tpu = mesh.abstract_mesh.update(abstract_device=AbstractDevice("TPU v5 lite", None, "tpu"))
-    product = on_mesh(all_gather_matmul, of_tpu, implementation="mosaic_tpu", check_vma=False)
+    product = on_mesh(op, of_tpu, implementation="mosaic_tpu", check_vma=False)
     # Fast memory holds NaN until it is written, and a DMA runs as late as its semaphores allow.
     simulated = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
     with pltpu.force_tpu_interpret_mode(simulated):
@@ -203,12 +211,14 @@ def test_the_kernel_equals_the_plain_product_without_races(axes, dtype, outputs)
 
 
 @needs_tpu
-@pytest.mark.parametrize("text", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4"])
-def test_the_kernel_compiles_and_leaves_xla_no_collective(text):
+@BOTH
+@pytest.mark.parametrize("text", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1"])
+def test_the_kernels_compile_and_leave_xla_no_collective(op, text):
     where = parse_devices(text)
     mesh = make_mesh({"data": 1, "tensor": where.count}, target_devices(where))
-    product = on_mesh(all_gather_matmul, mesh, implementation="mosaic_tpu", check_vma=False)
-    lowered = jax.jit(product).lower(*abstract(mesh, all_gather_matmul, 64 * where.count, 512, 256 * where.count))
+    product = on_mesh(op, mesh, implementation="mosaic_tpu", check_vma=False)
+    sizes = {all_gather_matmul: (512, 256 * where.count), matmul_reduce_scatter: (256 * where.count, 512)}[op]
+    lowered = jax.jit(product).lower(*abstract(mesh, op, 64 * where.count, *sizes))
     _, report = compile_and_report(lowered, dict(mesh.shape))
     assert report.collectives == ()
     calls = [
@@ -224,7 +234,8 @@ def test_selection_is_a_table_with_reasons():
     tpu = Target("tpu", "TPU v5 lite")
     good = CollectiveSpec((512, 4096), (1792, 4096), "bfloat16", 8)
     assert [row.name for row in explain(ALL_GATHER_MATMUL, good, tpu)] == ["ring", "mosaic_tpu", "reference"]
-    assert [row.name for row in explain(MATMUL_REDUCE_SCATTER, good, tpu)] == ["ring", "reference"]
+    scatter = CollectiveSpec((4096, 1792), (4096, 1792), "bfloat16", 8)
+    assert [row.name for row in explain(MATMUL_REDUCE_SCATTER, scatter, tpu)] == ["ring", "mosaic_tpu", "reference"]
     reasons = {
         None: (good, tpu),
         "it runs on TPUs, not on cpu": (good, Target("cpu")),
@@ -234,7 +245,7 @@ def test_selection_is_a_table_with_reasons():
             tpu,
         ),
         "one device has no ring": (CollectiveSpec((512, 4096), (1792, 4096), "bfloat16", 1), tpu),
-        "it gathers the rows of one batch, not of 3": (CollectiveSpec((3, 32, 128), (128, 128), "bfloat16", 8), tpu),
+        "it takes the rows of one batch, not of 3": (CollectiveSpec((3, 32, 128), (128, 128), "bfloat16", 8), tpu),
         "it takes rows in 32s, and features in 128s; here are 48 rows, 128 to 128": (
             CollectiveSpec((48, 128), (128, 128), "bfloat16", 8),
             tpu,
@@ -247,6 +258,12 @@ def test_selection_is_a_table_with_reasons():
     }
     for reason, (spec, target) in reasons.items():
         assert mosaic_tpu.why_not(spec, target) == reason
+    assert mosaic_tpu_scatter.why_not(scatter, tpu) is None
+    assert mosaic_tpu_scatter.why_not(scatter, Target("cpu")) == "it runs on TPUs, not on cpu"
+    few = dataclasses.replace(scatter, x=(128, 1792))
+    assert "here are 16 rows, 1792 to 4096" in str(mosaic_tpu_scatter.why_not(few, tpu))
+    many = dataclasses.replace(scatter, x=(32768, 1792))
+    assert "its sums and blocks take 95 MiB of fast memory or more" in str(mosaic_tpu_scatter.why_not(many, tpu))
 
 
 def test_what_cannot_run_is_refused():

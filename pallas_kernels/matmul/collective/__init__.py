@@ -4,8 +4,8 @@ In tensor parallelism with rows split as well, the first product of a pair gathe
 these functions take each shard as it arrives instead of waiting for all. Each is the other's derivative. They are
 called inside `jax.shard_map`, on one device's arrays.
 
-The kernel for TPUs comes after the ring that XLA schedules, and runs where it is asked for: its schedule is known (see
-mosaic_tpu.py), but it has not been timed beside XLA's.
+The kernels for TPUs come after the rings that XLA schedules, and run where they are asked for: their schedules are
+known (docs/kernels.md), but they have not been timed beside XLA's.
 
 Shape legend: n devices on the axis, r rows of one device, R = n r all rows, I contracted, O outputs.
 """
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from meshloom.core.errors import MeshloomError
 from meshloom.pallas_kernels.dispatch import Implementation, Target, select
-from meshloom.pallas_kernels.matmul.collective import mosaic_tpu, ring
+from meshloom.pallas_kernels.matmul.collective import mosaic_tpu, mosaic_tpu_scatter, ring
 from meshloom.pallas_kernels.matmul.collective.spec import CollectiveSpec
 
 __all__ = ["all_gather_matmul", "matmul_reduce_scatter"]
@@ -57,6 +57,7 @@ ALL_GATHER_MATMUL = (
 )
 MATMUL_REDUCE_SCATTER = (
     Implementation("ring", _scatter_ring, _alone),
+    Implementation("mosaic_tpu", mosaic_tpu_scatter.matmul_reduce_scatter, mosaic_tpu_scatter.why_not),
     Implementation("reference", _scatter_reference, lambda spec, target: None),
 )
 

@@ -14,6 +14,7 @@ Shape legend: n devices, r rows of one, h = r / 2, I contracted, O outputs, c ou
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,17 @@ TO_NEXT, TO_PREVIOUS = 0, 1
 
 def why_not(spec: CollectiveSpec, target: Target) -> str | None:
     """The reason this kernel cannot run, or None."""
+    rows = spec.x[-2]
+    if reason := common_why_not(spec, rows, target):
+        return reason
+    if block_of(rows, spec.x[-1], spec.w[0], spec.dtype) is None:
+        least = vmem_bytes(rows, spec.x[-1], LANES, spec.dtype) / 2**20
+        return f"its shards and blocks take {least:.0f} MiB of fast memory or more, of {VMEM_LIMIT / 2**20:.0f}"
+    return None
+
+
+def common_why_not(spec: CollectiveSpec, rows: int, target: Target) -> str | None:
+    """The reason no kernel of this kind can run whose shards have so many rows, or None."""
     if reason := tpu_why_not(target):
         return reason
     if spec.devices == 1:
@@ -41,16 +53,21 @@ def why_not(spec: CollectiveSpec, target: Target) -> str | None:
         return "kernels that address other devices need shard_map(..., check_vma=False)"
     if spec.dtype not in ("bfloat16", "float32"):
         return f"it multiplies bfloat16 and float32, not {spec.dtype}"
-    *batch, rows, contracted = spec.x
+    batch, contracted = math.prod(spec.x[:-2]), spec.x[-1]
     outputs, tile = spec.w[0], 2 * 32 // jnp.dtype(spec.dtype).itemsize
-    if math.prod(batch) != 1:
-        return f"it gathers the rows of one batch, not of {math.prod(batch)}"
+    if batch != 1:
+        return f"it takes the rows of one batch, not of {batch}"
     if rows % tile or contracted % LANES or outputs % LANES:
         return f"it takes rows in {tile}s, and features in {LANES}s; here are {rows} rows, {contracted} to {outputs}"
-    if block_of(rows, contracted, outputs, spec.dtype) is None:
-        least = vmem_bytes(rows, contracted, LANES, spec.dtype) / 2**20
-        return f"its shards and blocks take {least:.0f} MiB of fast memory or more, of {VMEM_LIMIT / 2**20:.0f}"
     return None
+
+
+def neighbours(axis: str) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]]]:
+    """The devices to which this one sends, and from which it receives, each way."""
+    size, own = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+    next_, previous = jax.lax.rem(own + 1, size), jax.lax.rem(own + size - 1, size)
+    receivers = {TO_NEXT: {axis: next_}, TO_PREVIOUS: {axis: previous}}
+    return receivers, {TO_NEXT: receivers[TO_PREVIOUS], TO_PREVIOUS: receivers[TO_NEXT]}
 
 
 def vmem_bytes(rows: int, contracted: int, block: int, dtype: str) -> int:
@@ -97,9 +114,7 @@ def all_gather_matmul(x, w, axis: str):
 def _kernel(axis: str, block: int, x, w, out, shards, copied, sent, received, free):
     """x [2, h, I], w [O, I] and out [n, 2, h, O] in main memory; `shards` [2, 2, h, I]."""
     size, own = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
-    next_, previous = jax.lax.rem(own + 1, size), jax.lax.rem(own + size - 1, size)
-    receivers = {TO_NEXT: {axis: next_}, TO_PREVIOUS: {axis: previous}}
-    senders = {TO_NEXT: receivers[TO_PREVIOUS], TO_PREVIOUS: receivers[TO_NEXT]}
+    receivers, senders = neighbours(axis)
     first = pltpu.make_async_copy(x, shards.at[0], copied)
     first.start()
     # No neighbour may write before this device has begun the kernel, when its fast memory is still another's.

@@ -13,8 +13,8 @@ from meshloom.core.bundles import Region
 from meshloom.core.compile import without_compilation_cache
 from meshloom.core.hardware import CHIPS
 
-# Cycles that all arrays of a core together take for one push of 16 rows of bfloat16. On v5e schedules of transposed
-# products are shorter than that (8,780 bundles for 2,560 pushes): the arrays make the core wait.
+# Cycles that all arrays of a core together take for one push of 16 rows of bfloat16 or 32 of int8. On v5e schedules of
+# transposed products are shorter than that (8,780 bundles for 2,560 pushes): the arrays make the core wait.
 PUSH_CYCLES = 4
 # Cycles of a core for a product of 128 x 128 x 128 whose sums are long enough to fill its arrays, by dtype multiplied.
 TILE_CYCLES = {"v5e": {"bf16": 32, "s8": 16}, "v5p": {"bf16": 32, "s8": 16}, "v6e": {"bf16": 8, "s8": 4}}
@@ -75,4 +75,4 @@ def compile_for(mesh: Any, function: Callable[..., Any], *arguments: Any) -> Non
 
 def cycles_of(region: Region) -> int:
     """Bundles of a region, or what the matrix unit takes for its products if that is longer."""
-    return max(region.bundles, PUSH_CYCLES * region.matmuls.get("bf16", 0))
+    return max(region.bundles, PUSH_CYCLES * sum(region.matmuls.get(dtype, 0) for dtype in ("bf16", "s8")))

@@ -14,7 +14,7 @@ from meshloom.core.topology import Devices, make_mesh
 from meshloom.pallas_kernels.bench.figures import TILE_CYCLES, Cost, KernelFigures, compile_for, cycles_of
 from meshloom.pallas_kernels.matmul.qarray import QArray
 from meshloom.pallas_kernels.matmul.quantized import quantized_matmul
-from meshloom.pallas_kernels.matmul.quantized.blocks import ROWS, Blocks, blocks_of
+from meshloom.pallas_kernels.matmul.quantized.blocks import Blocks, blocks_of
 from meshloom.pallas_kernels.matmul.quantized.formats import quantize
 from meshloom.pallas_kernels.matmul.quantized.spec import MatmulSpec
 
@@ -66,7 +66,7 @@ def _figures(
     op: str, regions: list[Region], spec: MatmulSpec, blocks: Blocks, peaks: dict[str, int] | None, held: float | int
 ) -> KernelFigures:
     (count, size), columns = spec.x, spec.w[0]
-    (product,) = (region for region in regions if region.matmuls)
+    *_, product = (region for region in regions if region.matmuls)
     cost = kernel_cost(regions, spec, blocks, held)
     tiles = count * columns * size / 128**3
     share = None if peaks is None else peaks[next(iter(product.matmuls))] * tiles / cost.cycles
@@ -76,17 +76,18 @@ def _figures(
 
 
 def kernel_cost(regions: list[Region], spec: MatmulSpec, blocks: Blocks, held: float | int) -> Cost:
-    """All regions run once for each block of the result, but products once for each chunk of a row's numbers, and what
-    rounds rows to int8, the longest other region, once for 32 of them.
+    """All regions run once for each block of the result, but products once for each chunk of a row's numbers. Where
+    rows are rounded, the first region with products is that of a strip of them, in the first block of columns.
 
     Args:
         held: bytes of the weights, which pass once for every block of rows.
     """
     (count, size), columns = spec.x, spec.w[0]
-    down, across = -(-count // blocks.rows), -(-columns // blocks.columns)
-    (product,) = (region for region in regions if region.matmuls)
-    others = sorted((region.bundles for region in regions if not region.matmuls), reverse=True)
-    cycles = down * across * (cycles_of(product) * (size // blocks.chunk) + sum(others))
-    if spec.activations == "int8":
-        cycles += down * others[0] * (blocks.rows // ROWS - across)
+    down, across, chunks = -(-count // blocks.rows), -(-columns // blocks.columns), size // blocks.chunk
+    *rounding, product = (region for region in regions if region.matmuls)
+    ends = sum(region.bundles for region in regions if not region.matmuls)
+    cycles = down * across * (cycles_of(product) * chunks + ends)
+    if rounding:
+        (strip,) = rounding
+        cycles += down * chunks * (-(-blocks.rows // blocks.strip) * cycles_of(strip) - cycles_of(product))
     return Cost(float(cycles), float(count * (size + columns) * jnp.dtype(spec.dtype).itemsize + down * held))

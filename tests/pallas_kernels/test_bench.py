@@ -40,23 +40,25 @@ def test_tokamax_tests_the_mask_in_the_longer_of_two_regions_and_in_pairs_on_the
     assert (figures.tile_cycles, figures.spills, figures.vmem) == (200 / 128, 2, 7)
 
 
-def test_no_product_is_faster_than_the_matrix_unit():
-    region = Region(1, bundles=100, loops=False, matmuls={"bf16": 64}, spills=0, fills=0)
+@pytest.mark.parametrize("dtype", ["bf16", "s8"])
+def test_no_product_is_faster_than_the_matrix_unit(dtype):
+    region = Region(1, bundles=100, loops=False, matmuls={dtype: 64}, spills=0, fills=0)
     figures = attention.pair_figures("op", "peer", [region], [3], Blocks(128, 128, 128, 128), 2, peak=None)
     assert figures.cycles == 3 * 64 * 4
 
 
-def test_rows_are_rounded_once_and_multiplied_for_every_block_of_columns():
-    rounding = Region(1, bundles=30, loops=False, matmuls={}, spills=0, fills=0)
-    ends = Region(2, bundles=5, loops=False, matmuls={}, spills=0, fills=0)
+def test_rows_are_rounded_strip_by_strip_in_the_first_block_of_columns():
+    ends = Region(1, bundles=5, loops=False, matmuls={}, spills=0, fills=0)
+    rounding = Region(2, bundles=90, loops=True, matmuls={"s8": 2}, spills=1, fills=0)
     product = Region(3, bundles=100, loops=False, matmuls={"s8": 4}, spills=7, fills=0)
-    spec = MatmulSpec((128, 256), (512, 256), activations="int8")
-    blocks = quantized.Blocks(rows=64, columns=256, chunk=128)
-    figures = products._figures("op", [rounding, ends, product], spec, blocks, {"s8": 4}, held=512 * 256)
-    assert figures.cycles == 2 * 2 * (2 * 100 + 5) + 2 * 2 * 30
-    assert figures.peak_share == 4 * 8 / figures.cycles
+    spec = MatmulSpec((1024, 256), (512, 256), activations="int8")
+    blocks = quantized.Blocks(rows=512, columns=256, chunk=128)
+    figures = products._figures("op", [ends, rounding, product], spec, blocks, {"s8": 4}, held=512 * 256)
+    strips = 512 // quantized.STRIP
+    assert figures.cycles == 2 * 2 * (strips * 90 + 100) + 2 * 2 * 5
+    assert figures.peak_share == 4 * 64 / figures.cycles
     assert figures.spills == 7
-    rows = 128 * (256 + 512) * 4
+    rows = 1024 * (256 + 512) * 4
     assert figures.hbm == (rows + 2 * 512 * 256) / (rows + 512 * 256)
 
 

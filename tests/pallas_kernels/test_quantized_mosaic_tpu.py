@@ -78,6 +78,16 @@ def test_kernels_race_with_nothing_and_read_only_what_was_written(name):
     np.testing.assert_array_equal(got, exact_and_got(case, SIMULATED)[1])
 
 
+@pytest.mark.parametrize("interpret", [True, SIMULATED], ids=["interpreted", "simulated"])
+def test_rows_that_no_strip_divides_are_rounded_in_strips_that_overlap(interpret, monkeypatch):
+    monkeypatch.setattr(blocks, "STRIP", 64)
+    monkeypatch.setattr(blocks, "MOST_COLUMNS", 128)
+    case = QuantizedCase("strips", "int8", "int8", rows=96, contracted=700, columns=256, dtype="bfloat16", zeros=3)
+    assert blocks_of(spec_of(case)).rows % blocks.STRIP
+    exact, got, error = exact_and_got(case, interpret)
+    assert np.abs(got - exact).max() <= 2 * error
+
+
 @needs_tpu
 @pytest.mark.parametrize("chip", ["v5e:1x1", "v5p:2x1x1", "v6e:1x1", "tpu7x:2x2x1"])
 @pytest.mark.parametrize("call", [("int8", "int8"), ("int8", "float"), ("int4_64", "float")], ids="_".join)

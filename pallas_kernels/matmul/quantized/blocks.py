@@ -18,6 +18,10 @@ MOST_ROWS, MOST_COLUMNS = 1024, 512
 # Products of one run of instructions. Longer runs keep the matrix unit busier (int4, 512 rows and columns, v6e: 65 % of
 # the peak at 1,024 numbers, 77 % at 2,048, 86 % at 4,096) and take longer to compile: 6 s for the last.
 MOST_PRODUCTS = 512 * 512 * 4096
+# Rows, and numbers of each at a time, that are rounded beside products. The 512 x 4,096 numbers of 512 rows take 3,574
+# bundles on v6e in two strips, 512 columns of their products included, 5,112 in four and 3,395 at once, which takes as
+# long again to compile. Products alone take 2,188, rounding in a loop before them 4,352.
+STRIP, ROUNDED = 256, 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +31,11 @@ class Blocks:
     rows: int
     columns: int
     chunk: int
+
+    @property
+    def strip(self) -> int:
+        """Rows that are rounded to int8 and multiplied by one run of instructions."""
+        return min(self.rows, STRIP)
 
 
 def blocks_of(spec: MatmulSpec) -> Blocks | None:

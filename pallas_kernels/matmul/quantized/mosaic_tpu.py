@@ -16,7 +16,15 @@ from jaxtyping import Array, Float
 
 from meshloom.pallas_kernels.dispatch import Target, tpu_why_not
 from meshloom.pallas_kernels.matmul.qarray import QArray
-from meshloom.pallas_kernels.matmul.quantized.blocks import LANES, LIMIT, ROWS, Blocks, blocks_of, largest_blocks
+from meshloom.pallas_kernels.matmul.quantized.blocks import (
+    LANES,
+    LIMIT,
+    ROUNDED,
+    ROWS,
+    Blocks,
+    blocks_of,
+    largest_blocks,
+)
 from meshloom.pallas_kernels.matmul.quantized.formats import INT8
 from meshloom.pallas_kernels.matmul.quantized.spec import MatmulSpec
 
@@ -58,7 +66,7 @@ def quantized_matmul_mosaic(
     of_scales = (1, blocks.columns) if by_column else (blocks.columns, groups)
     scratch = []
     if activations == "int8":
-        scratch = [pltpu.VMEM((blocks.rows, size), jnp.int8), pltpu.VMEM((blocks.rows, 1), jnp.float32)]
+        scratch = [pltpu.VMEM((blocks.rows, size), jnp.int8), pltpu.VMEM((blocks.rows, LANES), jnp.float32)]
     elif not by_column:
         lanes = -(-groups // LANES) * LANES
         scratch = [pltpu.VMEM((blocks.columns, lanes), jnp.float32)]
@@ -87,29 +95,65 @@ def quantized_matmul_mosaic(
 
 
 def _rounded_body(x_ref, w_ref, scale_ref, out_ref, rounded_ref, row_scale_ref, *sums, blocks: Blocks):
+    """The first block of columns rounds the rows: strip by strip, so that the matrix unit multiplies one beside it."""
+    size = w_ref.shape[1]
+
+    def multiply(rows, k):
+        return _dot(rounded_ref[rows, k], w_ref[:, k], jnp.int32)
+
+    def store(rows, total):
+        scale = jnp.concatenate([row_scale_ref[rows, :]] * pl.cdiv(blocks.columns, LANES), axis=1)
+        total = total.astype(jnp.float32) * scale[:, : blocks.columns] * scale_ref[...]
+        out_ref[rows, :] = total.astype(out_ref.dtype)
+
     @pl.when(pl.program_id(1) == 0)
     def _():
         def strip(i, _):
-            own = pl.ds(pl.multiple_of(i * ROWS, ROWS), ROWS)
-            x = x_ref[own, :].astype(jnp.float32)
-            largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
-            row_scale_ref[own, :] = largest / INT8
-            rounded_ref[own, :] = jnp.round(x * (INT8 / jnp.where(largest > 0, largest, 1.0))).astype(jnp.int8)
+            own = pl.ds(pl.multiple_of(jnp.minimum(i * blocks.strip, blocks.rows - blocks.strip), ROWS), blocks.strip)
+            largest = _largest(x_ref, own)
+            row_scale_ref[own, :] = jnp.broadcast_to(largest / INT8, (blocks.strip, LANES))
+            by = INT8 / jnp.where(largest > 0, largest, 1.0)
 
-        jax.lax.fori_loop(0, blocks.rows // ROWS, strip, None)
+            def round_and_multiply(k):
+                total = jnp.zeros((blocks.strip, blocks.columns), jnp.int32)
+                for at in range(0, k.size, ROUNDED):
+                    part = pl.ds(pl.multiple_of(k.start + at, LANES), min(ROUNDED, k.size - at))
+                    rounded_ref[own, part] = _rounded(x_ref[own, part].astype(jnp.float32) * by)
+                    total += multiply(own, part)
+                return total
 
-    def multiply(k):
-        return _dot(rounded_ref[:, k], w_ref[:, k], jnp.int32)
+            store(own, _over_chunks(round_and_multiply, blocks.chunk, size, [ref.at[own] for ref in sums]))
 
-    total = _over_chunks(multiply, blocks, w_ref.shape[1], sums)
-    out_ref[...] = (total.astype(jnp.float32) * row_scale_ref[...] * scale_ref[...]).astype(out_ref.dtype)
+        jax.lax.fori_loop(0, pl.cdiv(blocks.rows, blocks.strip), strip, None)
+
+    @pl.when(pl.program_id(1) > 0)
+    def _():
+        store(slice(None), _over_chunks(lambda k: multiply(slice(None), k), blocks.chunk, size, sums))
+
+
+def _largest(x_ref, rows):
+    """The largest number of each row by size, two registers of bfloat16 numbers at a time for as long as there are."""
+    size = x_ref.shape[1]
+    wide = 2 * LANES
+    most = [jnp.abs(x_ref[rows, at : at + wide]) for at in range(0, size - size % wide, wide)]
+    parts = [functools.reduce(jnp.maximum, most)] if most else []
+    if size % wide:
+        parts.append(jnp.abs(x_ref[rows, size - size % wide :]))
+    return functools.reduce(
+        jnp.maximum, (jnp.max(part.astype(jnp.float32), axis=1, keepdims=True) for part in parts)
+    )
+
+
+def _rounded(x):
+    """Float32 numbers to the nearest integer, the even one of two, in int8: it is what is left of them at 1.5 * 2**23."""
+    return jax.lax.bitcast_convert_type(x + 1.5 * 2**23, jnp.int32).astype(jnp.int8)
 
 
 def _unrounded_body(x_ref, w_ref, scale_ref, out_ref, *scratch, blocks: Blocks, group: int):
     size = w_ref.shape[1]
     if group == size:
         total = _over_chunks(
-            lambda k: _dot(x_ref[:, k], w_ref[:, k].astype(x_ref.dtype), jnp.float32), blocks, size, scratch
+            lambda k: _dot(x_ref[:, k], w_ref[:, k].astype(x_ref.dtype), jnp.float32), blocks.chunk, size, scratch
         )
         out_ref[...] = (total * scale_ref[...]).astype(out_ref.dtype)
         return
@@ -123,7 +167,7 @@ def _unrounded_body(x_ref, w_ref, scale_ref, out_ref, *scratch, blocks: Blocks, 
     else:
         sums = rest
         multiply = functools.partial(_scaled_values, x_ref, w_ref, lanes_ref, group)
-    out_ref[...] = _over_chunks(multiply, blocks, size, sums).astype(out_ref.dtype)
+    out_ref[...] = _over_chunks(multiply, blocks.chunk, size, sums).astype(out_ref.dtype)
 
 
 def _few_rows(blocks: Blocks, group: int) -> bool:
@@ -163,17 +207,17 @@ def _scaled_sums(x_ref, w_ref, by_column_ref, group: int, k):
     return total
 
 
-def _over_chunks(multiply, blocks: Blocks, size: int, sums):
+def _over_chunks(multiply, chunk: int, size: int, sums):
     """The sum of `multiply` over all chunks of a row, each a slice of it."""
-    if blocks.chunk == size:
+    if chunk == size:
         return multiply(pl.ds(0, size))
     (sum_ref,) = sums
 
     def add(i, _):
-        part = multiply(pl.ds(pl.multiple_of(i * blocks.chunk, LANES), blocks.chunk))
+        part = multiply(pl.ds(pl.multiple_of(i * chunk, LANES), chunk))
         sum_ref[...] = part + jnp.where(i == 0, jnp.zeros_like(part), sum_ref[...])
 
-    jax.lax.fori_loop(0, size // blocks.chunk, add, None)
+    jax.lax.fori_loop(0, size // chunk, add, None)
     return sum_ref[...]
 
 

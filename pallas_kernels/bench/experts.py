@@ -86,7 +86,7 @@ def kernel_cost(regions: list[Region], spec: GroupedSpec, tiles: Tiles) -> Cost:
     """Of a product of groups with as many rows each, which begin and end with tiles of rows.
 
     A loop around the products runs once for every chunk; of two regions with products the first ends a visit. All other
-    regions count once for every step, those that no visit here takes among them (rows of no group: 4 % of ours).
+    regions count once for every step, those that no visit here takes among them.
     """
     across, down = -(-spec.columns // tiles.columns), spec.groups * -(-spec.rows // spec.groups // tiles.rows)
     steps = spec.contracted // tiles.contracted

@@ -102,14 +102,15 @@ def test_rows_too_long_for_fast_memory_are_multiplied_part_by_part(quantized, mo
     np.testing.assert_allclose(SIMULATED.product(x, w, sizes, True, TPU), exact, rtol=1e-4, atol=1e-4)
 
 
-def test_long_rows_are_multiplied_chunk_by_chunk(monkeypatch):
+@pytest.mark.parametrize("kernel", [KERNELS["mosaic_tpu"], SIMULATED], ids=["interpreted", "simulated"])
+def test_long_rows_are_multiplied_chunk_by_chunk(kernel, monkeypatch):
     monkeypatch.setattr(tiles, "STRAIGHT", 128)
     monkeypatch.setattr(tiles, "CHUNK", 128)
-    case = GroupedCase("chunks", (40, 0, 30), rows=100, contracted=384, columns=128)
+    case = GroupedCase("chunks", (40, 0, 30), rows=300, contracted=384, columns=128)  # and tiles that no group has
     x, w, sizes = case.arrays()
     assert tiles.product_tiles(GroupedSpec.of(x, w, sizes, True)).chunk == 128
     exact = REFERENCE.product(x, w, sizes, True, TPU)
-    np.testing.assert_allclose(KERNELS["mosaic_tpu"].product(x, w, sizes, True, TPU), exact, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(kernel.product(x, w, sizes, True, TPU), exact, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["tiles_shared_by_groups", "quantized", "rows_past_the_last"])

@@ -17,8 +17,9 @@ LEAST_COLUMNS = 512
 OPERATIONS_PER_BYTE = 240
 # Numbers contracted by one run of instructions. As many as STRAIGHT need no loop, and no sums between its rounds: 2,048
 # numbers, 512 rows and 1,408 columns take 6,371 bundles on v6e, and 7,123 in rounds of 1,024 (v5e: 18,865 and 19,025).
-# More than that would be slow to compile and to fetch: 4,096 numbers are 46,307 bundles on v5e.
-STRAIGHT, CHUNK = 2048, 1024
+# More than that would be slow to compile and to fetch: 4,096 numbers are 46,307 bundles on v5e. Longer rows take rounds
+# of as many: a round of 1,792 columns takes 237 bundles to begin and end on v6e, be it of 1,024 numbers or of 2,048.
+STRAIGHT = CHUNK = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +125,7 @@ def _chunk(contracted: int) -> int:
     if contracted <= STRAIGHT:
         return contracted
     chunk = next((part for part in _parts(contracted) if part <= CHUNK), contracted)
-    return chunk if 2 * chunk >= CHUNK else contracted
+    return chunk if 4 * chunk >= CHUNK else contracted
 
 
 def _widths(size: int, most: int) -> list[int]:

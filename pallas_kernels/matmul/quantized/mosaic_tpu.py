@@ -139,13 +139,11 @@ def _largest(x_ref, rows):
     parts = [functools.reduce(jnp.maximum, most)] if most else []
     if size % wide:
         parts.append(jnp.abs(x_ref[rows, size - size % wide :]))
-    return functools.reduce(
-        jnp.maximum, (jnp.max(part.astype(jnp.float32), axis=1, keepdims=True) for part in parts)
-    )
+    return functools.reduce(jnp.maximum, (jnp.max(part.astype(jnp.float32), axis=1, keepdims=True) for part in parts))
 
 
 def _rounded(x):
-    """Float32 numbers to the nearest integer, the even one of two, in int8: it is what is left of them at 1.5 * 2**23."""
+    """The nearest integers, the even one of two: what is left of float32 numbers at 1.5 * 2**23, in int8."""
     return jax.lax.bitcast_convert_type(x + 1.5 * 2**23, jnp.int32).astype(jnp.int8)
 
 

@@ -1,5 +1,6 @@
 """The calls whose block sizes are searched: the bench's, and those of the presets' head sizes, widths and experts."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,8 +24,16 @@ from meshloom.pallas_kernels.matmul.quantized.blocks import largest_blocks, matm
 from meshloom.pallas_kernels.matmul.quantized.formats import quantize
 from meshloom.pallas_kernels.matmul.quantized.spec import MatmulSpec
 
-# Head sizes of queries and values, and windows: Gemma 3, whose layers take turns; Llama 3, Mixtral and Qwen3; SmolLM2.
-ATTENTIONS = (((256, 256), 1024), ((256, 256), None), ((128, 128), None), ((64, 64), None))
+# Head sizes of queries and values, windows, and whether rows are packed with documents, as in training: Gemma 3, whose
+# layers take turns; Llama 3, Mixtral and Qwen3; SmolLM2.
+ATTENTIONS = (
+    ((256, 256), 1024, True),
+    ((256, 256), 1024, False),
+    ((128, 128), None, True),
+    ((128, 128), None, False),
+    ((256, 256), None, False),
+    ((64, 64), None, False),
+)
 # Tokens that one schedule stands for, longest first; the backward kernel holds a head's queries in fast memory.
 TOKENS = (32768, 16384, 8192, 4096, 2048)
 MOST_HELD = 16384 * 128
@@ -44,27 +53,35 @@ def programs_of(op: str, *, apart: bool = False) -> list[Program]:
 
 
 def attention_programs(apart: bool) -> Iterator[Program]:
-    """Causal attention of one head, both passes: what else a program has of heads and rows runs the same again."""
-    for (dims, window), by in itertools.product(ATTENTIONS, (0, 1)):
+    """Causal attention of one head, both passes: what else a program has of heads and rows runs the same again.
+
+    Packed rows are one document each, so that as many pairs are visited and tested as without: an upper bound.
+    """
+    for (dims, window, packed), by in itertools.product(ATTENTIONS, (0, 1)):
         tokens_of = [each for each in TOKENS if by == 0 or each * max(dims[0], 128) <= MOST_HELD]
         for tokens in [[each] for each in tokens_of] if apart else [tokens_of]:
-            yield _attention(dims, Mask(window=window), Scoring(dims[0] ** -0.5), by, tokens)
+            yield _attention(dims, Mask(window=window), packed, by, tokens)
 
 
-def _attention(dims: tuple[int, int], mask: Mask, scoring: Scoring, by: int, tokens: list[int]) -> Program:
+def _attention(dims: tuple[int, int], mask: Mask, packed: bool, by: int, tokens: list[int]) -> Program:
+    scoring = Scoring(dims[0] ** -0.5)
     module = (mosaic_tpu, mosaic_tpu_backward)[by]
     op = ("attention_forward", "attention_backward")[by]
 
     def arguments() -> tuple[Any, ...]:
         q, k, v, out = (jnp.ones((1, tokens[0], 1, dims[i]), jnp.bfloat16) for i in (0, 0, 1, 1))
         rows = jnp.ones((1, 1, tokens[0]), jnp.float32)
-        return (q, k, v) if by == 0 else (q, k, v, rows, rows, out)
+        ids = jnp.zeros((1, tokens[0]), jnp.int32) if packed else None
+        return (q, k, v, ids) if by == 0 else (q, k, v, ids, rows, rows, out)
 
-    def forward(q: Any, k: Any, v: Any) -> Any:
-        return mosaic_tpu.forward(q, k, v, None, mask, scoring, q.dtype)
+    def masked(ids: Any) -> Mask:
+        return dataclasses.replace(mask, q_segments=ids, kv_segments=ids)
 
-    def backward(q: Any, k: Any, v: Any, lse: Any, delta: Any, d_out: Any) -> Any:
-        return mosaic_tpu_backward.backward(q, k, v, None, mask, scoring, lse, delta, d_out, q.dtype)
+    def forward(q: Any, k: Any, v: Any, ids: Any) -> Any:
+        return mosaic_tpu.forward(q, k, v, None, masked(ids), scoring, q.dtype)
+
+    def backward(q: Any, k: Any, v: Any, ids: Any, lse: Any, delta: Any, d_out: Any) -> Any:
+        return mosaic_tpu_backward.backward(q, k, v, None, masked(ids), scoring, lse, delta, d_out, q.dtype)
 
     def cost_of(count: int) -> Callable[[Any, Any], Cost | None]:
         def cost(regions: Any, sizes: Any) -> Cost | None:
@@ -77,7 +94,7 @@ def _attention(dims: tuple[int, int], mask: Mask, scoring: Scoring, by: int, tok
 
     def key(count: int) -> str:
         q, v = (jax.ShapeDtypeStruct((1, count, 1, dim), jnp.bfloat16) for dim in dims)
-        return attention_key(q, q, v, mask, scoring)
+        return attention_key(q, q, v, masked(q if packed else None), scoring)
 
     pairs = WINDOWED if mask.window else BLOCKS
     own = mosaic_tpu.blocks_of(tokens[0], tokens[0], module.BLOCK_Q, module.BLOCK_KV)

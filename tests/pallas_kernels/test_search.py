@@ -18,6 +18,8 @@ from meshloom.core.topology import make_mesh
 from meshloom.kernel_bench import ONE_CHIP
 from meshloom.pallas_kernels import tuning
 from meshloom.pallas_kernels.attention import Mask
+from meshloom.pallas_kernels.attention.kernel import Scoring
+from meshloom.pallas_kernels.attention.tuned import attention_key
 from meshloom.pallas_kernels.attention.visits import Blocks
 from meshloom.pallas_kernels.bench import attention, programs
 from meshloom.pallas_kernels.bench.figures import Cost, cycle_rate
@@ -131,6 +133,14 @@ def test_what_the_package_has_for_a_chip_is_legal_and_faster(chip):
             program = by_call[op, call]
             with tuning.overlay(op, found.sizes):
                 jax.eval_shape(program.function, *jax.eval_shape(program.arguments))
+
+
+def test_what_training_on_packed_rows_asks_for_is_searched():
+    q, kv = (jax.ShapeDtypeStruct((2, 4000, heads, 256), jnp.bfloat16) for heads in (8, 4))
+    ids = jax.ShapeDtypeStruct((2, 4000), jnp.int32)
+    key = attention_key(q, kv, kv, Mask(window=1024, q_segments=ids, kv_segments=ids), Scoring(1.0))
+    searched = [program.op for program in programs.programs_of("attention") if key in program.costs]
+    assert searched == ["attention_forward", "attention_backward"]
 
 
 def test_an_unknown_target_or_op_is_answered_with_those_there_are(capsys):

@@ -31,7 +31,7 @@ CASES = {
     "mixed": (PagedCase((5, 40, 130, 70), (1, 40, 1, 9), **OF_ITS_SIZES), {"window": 33, "soft_cap": 3.0}),
     "two_warpgroups": (PagedCase((200, 3), (150, 3), heads=3, kv_heads=1, **OF_ITS_SIZES), {"sinks": True}),
     "pages_longer_than_a_block": (PagedCase((300,), (2,), **OF_ITS_SIZES | {"page_size": 128}), {}),
-    "no_sequence": (PagedCase((), (), **OF_ITS_SIZES), {}),
+    "no_rows_in_any": (PagedCase((3,), (0,), **OF_ITS_SIZES), {}),
 }
 
 

@@ -22,11 +22,14 @@ KERNEL = "quantized_matmul"
 SIZE = 4096
 ROW_COUNTS = (16, 512, 2048)
 FORMATS = (("int8", "int8"), ("int4_128", "float"))  # of weights and of rows
-PRODUCT_ROWS = len(ROW_COUNTS) * len(FORMATS)
+# Others, of which one count of rows tells enough.
+OTHERS, OTHER_COUNT = (("int4_128", "int8"), ("fp8_row", "fp8")), 512
+PRODUCT_ROWS = len(ROW_COUNTS) * len(FORMATS) + len(OTHERS)
 
 
 def products_on_tpu(devices: Devices, folder: pathlib.Path) -> Iterator[KernelFigures]:
-    """Rows of 4,096 bfloat16 numbers by 4,096 x 4,096 weights in int8, with rows in int8, and in int4, with them as is.
+    """Rows of 4,096 bfloat16 numbers by 4,096 x 4,096 weights in int8, with rows in int8, and in int4, with them as is;
+    then int4 with rows in int8, and both in float8.
 
     Args:
         devices: one chip. folder: where libtpu leaves its schedules (`core.bundles.dump_bundles`).
@@ -37,10 +40,11 @@ def products_on_tpu(devices: Devices, folder: pathlib.Path) -> Iterator[KernelFi
     def placed(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
 
-    for format, activations in FORMATS:
+    counts_of = dict.fromkeys(FORMATS, ROW_COUNTS) | dict.fromkeys(OTHERS, (OTHER_COUNT,))
+    for (format, activations), counts in counts_of.items():
         shapes = jax.eval_shape(lambda format=format: quantize(jnp.zeros((SIZE, SIZE)), format))
         w = jax.tree.map(placed, shapes)
-        for count in ROW_COUNTS:
+        for count in counts:
             x = placed(jax.ShapeDtypeStruct((count, SIZE), jnp.bfloat16))
 
             def product(x, w, activations=activations):
@@ -58,8 +62,9 @@ def products_on_tpu(devices: Devices, folder: pathlib.Path) -> Iterator[KernelFi
 
 
 def bytes_of(w: QArray) -> float:
-    """Of integers, some of half a byte, which JAX counts as one, and scales."""
-    return w.values.size * jnp.iinfo(w.values.dtype).bits / 8 + w.scales.size * w.scales.dtype.itemsize
+    """Of values, some of half a byte, which JAX counts as one, and scales."""
+    each = 0.5 if w.values.dtype == jnp.int4 else w.values.dtype.itemsize
+    return w.values.size * each + w.scales.size * w.scales.dtype.itemsize
 
 
 def _figures(
@@ -69,7 +74,8 @@ def _figures(
     *_, product = (region for region in regions if region.matmuls)
     cost = kernel_cost(regions, spec, blocks, held)
     tiles = count * columns * size / 128**3
-    share = None if peaks is None else peaks[next(iter(product.matmuls))] * tiles / cost.cycles
+    peak = None if peaks is None else peaks.get(next(iter(product.matmuls)))
+    share = None if peak is None else peak * tiles / cost.cycles
     label = f"meshloom {blocks.rows}x{blocks.columns}x{blocks.chunk}"
     hbm = cost.bytes / (count * (size + columns) * jnp.dtype(spec.dtype).itemsize + held)
     return KernelFigures(op, label, cost.cycles / tiles, share, cost.cycles, product.spills, hbm)

@@ -35,6 +35,10 @@ CASES = (
     QuantizedCase("w8a16_many_blocks", "int8", "float", rows=70, contracted=100, columns=300, dtype="bfloat16"),
     QuantizedCase("w4a16_many_blocks", "int4_32", "float", rows=70, contracted=384, columns=300, dtype="bfloat16"),
     QuantizedCase("w4a16_many_groups", "int4_32", "float", contracted=8192, columns=40, dtype="bfloat16"),
+    QuantizedCase("w4a8_one_scale_a_row", "int4_128", "int8", contracted=128, dtype="bfloat16"),
+    QuantizedCase("w4a8_many_blocks", "int4_128", "int8", rows=40, columns=200, dtype="bfloat16"),
+    QuantizedCase("fp8_many_blocks", "fp8_row", "fp8", rows=40, contracted=100, columns=200, dtype="bfloat16", zeros=3),
+    QuantizedCase("fp8_blocks_many", "fp8_block", "fp8", rows=40, columns=256, dtype="bfloat16"),
 )
 
 
@@ -54,12 +58,16 @@ def exact_and_got(case: QuantizedCase, interpret) -> tuple[np.ndarray, np.ndarra
     # Products of w's numbers in bfloat16, and what rounding the result to bfloat16 does in any case.
     naive = np.asarray(jnp.einsum("ri,oi->ro", x, w[...]), np.float32)
     error = np.abs(naive - np.asarray(quantized_matmul_reference(x, w, activations="float"))).max(initial=0.0)
+    if case.activations == "fp8":
+        # What lies in the middle between two float8 numbers may go either way, by the last bit of x / scale.
+        error += float(jnp.max(jnp.abs(x)) * jnp.max(jnp.abs(w[...]))) / 16
     return exact, np.asarray(got, np.float32), error
 
 
 def test_the_list_has_all_that_the_kernels_take():
-    taken = {(case.format[:4], case.activations) for case in CASES}
-    assert taken == {("int8", "int8"), ("int8", "float"), ("int4", "float")}
+    taken = {(case.format.split("_")[0], case.activations) for case in CASES}
+    pairs = {"int8": "int8", "int4": "int8", "fp8": "fp8"}
+    assert taken == {(weights, rows) for weights, own in pairs.items() for rows in (own, "float")}
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -70,12 +78,18 @@ def test_errors_are_at_most_twice_those_of_a_naive_product(case):
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("name", ["w8a8_many_blocks", "w4a16_many_blocks"])
+@pytest.mark.parametrize("name", ["w8a8_many_blocks", "w4a16_many_blocks", "w4a8_groups_of_32", "fp8_blocks_many"])
 def test_kernels_race_with_nothing_and_read_only_what_was_written(name):
     case = next(case for case in CASES if case.name == name)
     exact, got, error = exact_and_got(case, SIMULATED)
     assert np.abs(got - exact).max() <= 2 * error
     np.testing.assert_array_equal(got, exact_and_got(case, SIMULATED)[1])
+
+
+@pytest.mark.parametrize("format", ["int4_32", "fp8_block"])
+def test_with_many_rows_scales_of_groups_go_to_the_values(format):
+    exact, got, error = exact_and_got(QuantizedCase("any", format, "float", rows=144, dtype="bfloat16"), True)
+    assert np.abs(got - exact).max() <= 2 * error
 
 
 @pytest.mark.parametrize("interpret", [True, SIMULATED], ids=["interpreted", "simulated"])
@@ -90,7 +104,17 @@ def test_rows_that_no_strip_divides_are_rounded_in_strips_that_overlap(interpret
 
 @needs_tpu
 @pytest.mark.parametrize("chip", ["v5e:1x1", "v5p:2x1x1", "v6e:1x1", "tpu7x:2x2x1"])
-@pytest.mark.parametrize("call", [("int8", "int8"), ("int8", "float"), ("int4_64", "float")], ids="_".join)
+@pytest.mark.parametrize(
+    "call",
+    [
+        ("int8", "int8"),
+        ("int8", "float"),
+        ("int4_64", "float"),
+        ("int4_32", "int8"),
+        ("fp8_block", "fp8"),
+    ],
+    ids="_".join,
+)
 def test_tpus_compile_it_with_its_gradient(chip, call):
     format, activations = call
     mesh = jax.sharding.Mesh(np.array(target_devices(parse_devices(chip))[:1]), ("data",))
@@ -100,7 +124,7 @@ def test_tpus_compile_it_with_its_gradient(chip, call):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
 
     x = abstract(jax.ShapeDtypeStruct((300, 640), jnp.bfloat16))
-    w = jax.eval_shape(functools.partial(quantize, format=format), jax.ShapeDtypeStruct((400, 640), jnp.bfloat16))
+    w = jax.eval_shape(functools.partial(quantize, format=format), jax.ShapeDtypeStruct((384, 640), jnp.bfloat16))
     w = jax.tree.map(abstract, w)
 
     def both(x, w):
@@ -123,7 +147,8 @@ def test_the_table_says_why():
     assert "not on cpu" in reason(Target("cpu"))
     assert "TPU v4 has too little fast memory" in reason(Target("tpu", "TPU v4"))
     assert "inside shard_map" in reason(spread=True)
-    assert reason(activations="int8") == "it has no product of weights in int4 and rows in int8"
+    assert reason(activations="int16") == "it has no product of weights in int4 and rows in int16"
+    assert reason(activations="int8") is None
     assert reason(dtype="float32") == "x is bfloat16; got float32"
     assert reason(x=(0, 512)) == "there is nothing to multiply"
     assert "no multiple of 128" in reason(x=(64, 96), w=(256, 96), block=(1, 32))

@@ -21,7 +21,7 @@ MOST_PRODUCTS = 512 * 512 * 4096
 # Rows, and numbers of each at a time, that are rounded beside products. The 512 x 4,096 numbers of 512 rows take 3,574
 # bundles on v6e in two strips, 512 columns of their products included, 5,112 in four and 3,395 at once, which takes as
 # long again to compile. Products alone take 2,188, rounding in a loop before them 4,352.
-STRIP, ROUNDED = 256, 512
+STRIP, PART = 256, 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Blocks:
 
     @property
     def strip(self) -> int:
-        """Rows that are rounded to int8 and multiplied by one run of instructions."""
+        """Rows that are rounded and multiplied by one run of instructions."""
         return min(self.rows, STRIP)
 
 
@@ -47,12 +47,10 @@ def blocks_of(spec: MatmulSpec) -> Blocks | None:
 def largest_blocks(spec: MatmulSpec) -> Blocks | None:
     """The largest blocks that fit fast memory; None if there are none, or no chunk divides a row."""
     count, (out, size) = math.prod(spec.x[:-1]), spec.w
-    rounded = spec.activations == "int8"
     for rows in _halves(MOST_ROWS, count, _unit(spec)):
         for columns in _halves(MOST_COLUMNS, out, LANES):
             if _held(spec, rows, columns) <= BUDGET:
-                # int8 products take half as many instructions.
-                chunk = _chunk(size, (1 + rounded) * MOST_PRODUCTS // (rows * columns), spec.block[1] * LANES)
+                chunk = _chunk(size, _most_products(spec) // (rows * columns), spec.block[1] * LANES)
                 return None if chunk is None else Blocks(rows, columns, chunk)
     return None
 
@@ -94,17 +92,27 @@ def _tuned_blocks(spec: MatmulSpec, own: Blocks) -> Blocks:
     return own if sizes is None else cut(sizes)
 
 
+def _most_products(spec: MatmulSpec) -> int:
+    """Products of numbers that become a run of about as many instructions, whatever the formats."""
+    if spec.groups > 1 and spec.activations != "float":  # the sums of each group are numbers to scale and to add
+        return MOST_PRODUCTS // 4 * min(spec.block[1], LANES) // LANES
+    return (2 if spec.activations == "int8" else 1) * MOST_PRODUCTS  # those of int8 take half as many
+
+
 def _unit(spec: MatmulSpec) -> int:
-    return ROWS if spec.activations == "int8" else ROWS // 2
+    return ROWS // 2 if spec.activations == "float" else ROWS
 
 
 def _held(spec: MatmulSpec, rows: int, columns: int) -> float | int:
     """Bytes of fast memory; x and w arrive while others are used; int4 takes a byte of half the use."""
     size, x = spec.w[1], jnp.dtype(spec.dtype).itemsize
-    w = columns * size * (1 if spec.values == "int8" else 0.5)
+    w = columns * size * (0.5 if spec.values == "int4" else 1)
     scales = columns * -(-spec.groups // LANES) * LANES * 4
     held = 2 * (rows * size * x + w + scales + rows * columns * x) + rows * columns * 4 + scales
-    return held + (rows * size if spec.activations == "int8" else 0)
+    if spec.activations == "float":
+        return held
+    of_rows = rows * LANES * 4 * (spec.groups if spec.activations == "fp8" else 1)
+    return held + rows * size + of_rows + (scales if spec.groups > 1 else 0)
 
 
 def _halves(most: int, size: int, unit: int) -> list[int]:

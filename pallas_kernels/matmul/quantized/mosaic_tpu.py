@@ -1,8 +1,9 @@
 """Quantized products as TPU kernels: rows of x stay in fast memory while all of the weight passes, as it is stored.
 
-W8A8: rows are rounded when they arrive, once for all columns. W8A16 and W4A16: values become bfloat16 numbers on their
-way to the matrix unit. Scales of rows of the weight are applied to the sums; scales of groups of 32, 64 or 128 numbers
-to the values, rounded to bfloat16, or, with few rows, to the sums of each group.
+Rows in int8 or float8 are rounded when they arrive, once for all columns; int4 becomes int8 on its way to the matrix
+unit. Beside rows that stay floats, values become bfloat16 numbers. Scales of rows of the weight are applied to sums;
+scales of groups of 32, 64 or 128 numbers to the sums of each group, or, where many rows stay floats, to the values,
+rounded to bfloat16.
 """
 
 import functools
@@ -15,20 +16,27 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from meshloom.pallas_kernels.dispatch import Target, tpu_why_not
-from meshloom.pallas_kernels.matmul.qarray import QArray
+from meshloom.pallas_kernels.matmul.qarray import QArray, expand
 from meshloom.pallas_kernels.matmul.quantized.blocks import (
     LANES,
     LIMIT,
-    ROUNDED,
+    PART,
     ROWS,
     Blocks,
     blocks_of,
     largest_blocks,
 )
-from meshloom.pallas_kernels.matmul.quantized.formats import INT8
-from meshloom.pallas_kernels.matmul.quantized.spec import MatmulSpec
+from meshloom.pallas_kernels.matmul.quantized.spec import ROUNDED, MatmulSpec
 
-_MADE = (("int8", "int8"), ("int8", "float"), ("int4", "float"))
+# Of values and rows. Mosaic has no product of int8 and int4 (before TPU v7x), nor casts from float4.
+_MADE = (
+    ("int8", "int8"),
+    ("int8", "float"),
+    ("int4", "int8"),
+    ("int4", "float"),
+    ("float8_e4m3fn", "fp8"),
+    ("float8_e4m3fn", "float"),
+)
 
 
 def mosaic_why_not(spec: MatmulSpec, target: Target) -> str | None:
@@ -60,24 +68,26 @@ def quantized_matmul_mosaic(
     assert blocks is not None
     rows = x.reshape(-1, x.shape[-1])
     (count, size), columns, groups = rows.shape, w.shape[0], w.scales.shape[1]
-    # One number per column of the result lies along its lanes; groups are read as they are stored.
-    by_column = groups == 1
-    scales = w.scales.reshape(1, columns) if by_column else w.scales
+    # One number per column of the result lies along its lanes; those of groups stand row by row of the weight.
+    by_column, group, rounded = groups == 1, w.block[1], activations != "float"
+    scales = jnp.broadcast_to(expand(w.scales, (columns, groups)), (columns, groups))
+    scales = scales.reshape(1, columns) if by_column else scales
     of_scales = (1, blocks.columns) if by_column else (blocks.columns, groups)
     scratch = []
-    if activations == "int8":
-        scratch = [pltpu.VMEM((blocks.rows, size), jnp.int8), pltpu.VMEM((blocks.rows, LANES), jnp.float32)]
-    elif not by_column:
+    if rounded:
+        dtype, apart = ROUNDED[activations].values, groups if activations == "fp8" else 1
+        scratch += [pltpu.VMEM((blocks.rows, size), dtype), pltpu.VMEM((apart, blocks.rows, LANES), jnp.float32)]
+    if not by_column:
         lanes = -(-groups // LANES) * LANES
-        scratch = [pltpu.VMEM((blocks.columns, lanes), jnp.float32)]
-        if _few_rows(blocks, w.block[1]):
+        scratch.append(pltpu.VMEM((blocks.columns, lanes), jnp.float32))
+        if rounded or _few_rows(blocks, group):
             scratch.append(pltpu.VMEM((lanes, blocks.columns), jnp.float32))
     if blocks.chunk < size:
-        sums = jnp.int32 if activations == "int8" else jnp.float32
+        sums = jnp.int32 if activations == "int8" and by_column else jnp.float32
         scratch.append(pltpu.VMEM((blocks.rows, blocks.columns), sums))
-    body = _rounded_body if activations == "int8" else functools.partial(_unrounded_body, group=w.block[1])
+    body = functools.partial(_rounded_body, activations=activations) if rounded else _unrounded_body
     out = pl.pallas_call(
-        functools.partial(body, blocks=blocks),
+        functools.partial(body, blocks=blocks, group=group),
         out_shape=jax.ShapeDtypeStruct((count, columns), x.dtype),
         grid=(pl.cdiv(count, blocks.rows), pl.cdiv(columns, blocks.columns)),
         in_specs=[
@@ -94,32 +104,54 @@ def quantized_matmul_mosaic(
     return out.reshape(*x.shape[:-1], columns)
 
 
-def _rounded_body(x_ref, w_ref, scale_ref, out_ref, rounded_ref, row_scale_ref, *sums, blocks: Blocks):
+def _rounded_body(
+    x_ref, w_ref, scale_ref, out_ref, rounded_ref, row_scale_ref, *scratch, blocks: Blocks, group: int, activations: str
+):
     """The first block of columns rounds the rows: strip by strip, so that the matrix unit multiplies one beside it."""
-    size = w_ref.shape[1]
+    size, most, sums = w_ref.shape[1], ROUNDED[activations].largest, list(scratch)
+    by_group = row_scale_ref.shape[0] > 1
+    if group < size:
+        lanes_ref, by_column_ref, *sums = scratch
+        _turn(scale_ref, lanes_ref, by_column_ref)
 
     def multiply(rows, k):
-        return _dot(rounded_ref[rows, k], w_ref[:, k], jnp.int32)
+        if group == size:
+            return _dot(rounded_ref[rows, k], w_ref[:, k].astype(rounded_ref.dtype))
+        row_scale = (lambda i: widened(row_scale_ref[i, rows, :])) if by_group else None
+        return _scaled_sums(lambda own: rounded_ref[rows, own], w_ref, by_column_ref, group, k, row_scale)
+
+    def widened(scale):
+        return jnp.concatenate([scale] * pl.cdiv(blocks.columns, LANES), axis=1)[:, : blocks.columns]
 
     def store(rows, total):
-        scale = jnp.concatenate([row_scale_ref[rows, :]] * pl.cdiv(blocks.columns, LANES), axis=1)
-        total = total.astype(jnp.float32) * scale[:, : blocks.columns] * scale_ref[...]
-        out_ref[rows, :] = total.astype(out_ref.dtype)
+        total = total.astype(jnp.float32)
+        total = total if by_group else total * widened(row_scale_ref[0, rows, :])
+        out_ref[rows, :] = (total * scale_ref[...] if group == size else total).astype(out_ref.dtype)
 
     @pl.when(pl.program_id(1) == 0)
     def _():
         def strip(i, _):
             own = pl.ds(pl.multiple_of(jnp.minimum(i * blocks.strip, blocks.rows - blocks.strip), ROWS), blocks.strip)
-            largest = _largest(x_ref, own)
-            row_scale_ref[own, :] = jnp.broadcast_to(largest / INT8, (blocks.strip, LANES))
-            by = INT8 / jnp.where(largest > 0, largest, 1.0)
+
+            def factor(largest, at):
+                """What numbers are multiplied with, so that the largest becomes the format's."""
+                row_scale_ref[at, own, :] = jnp.broadcast_to(largest / most, (blocks.strip, LANES))
+                return most / jnp.where(largest > 0, largest, 1.0)
+
+            by = None if by_group else factor(_largest(x_ref, own), 0)
 
             def round_and_multiply(k):
-                total = jnp.zeros((blocks.strip, blocks.columns), jnp.int32)
-                for at in range(0, k.size, ROUNDED):
-                    part = pl.ds(pl.multiple_of(k.start + at, LANES), min(ROUNDED, k.size - at))
-                    rounded_ref[own, part] = _rounded(x_ref[own, part].astype(jnp.float32) * by)
-                    total += multiply(own, part)
+                total = None
+                part = LANES if by_group else PART
+                for at in range(0, k.size, part):
+                    now = pl.ds(pl.multiple_of(k.start + at, LANES), min(part, k.size - at))
+                    x = x_ref[own, now].astype(jnp.float32)
+                    times = by
+                    if by_group:
+                        times = factor(jnp.max(jnp.abs(x), axis=1, keepdims=True), (k.start + at) // group)
+                    rounded_ref[own, now] = _rounded(x * times, rounded_ref.dtype)
+                    products = multiply(own, now)
+                    total = products if total is None else total + products
                 return total
 
             store(own, _over_chunks(round_and_multiply, blocks.chunk, size, [ref.at[own] for ref in sums]))
@@ -142,30 +174,35 @@ def _largest(x_ref, rows):
     return functools.reduce(jnp.maximum, (jnp.max(part.astype(jnp.float32), axis=1, keepdims=True) for part in parts))
 
 
-def _rounded(x):
-    """The nearest integers, the even one of two: what is left of float32 numbers at 1.5 * 2**23, in int8."""
+def _rounded(x, dtype):
+    """The nearest numbers of `dtype`; int8 is what is left of float32 numbers at 1.5 * 2**23, the even one of two."""
+    if dtype != jnp.int8:
+        return x.astype(dtype)
     return jax.lax.bitcast_convert_type(x + 1.5 * 2**23, jnp.int32).astype(jnp.int8)
 
 
 def _unrounded_body(x_ref, w_ref, scale_ref, out_ref, *scratch, blocks: Blocks, group: int):
     size = w_ref.shape[1]
     if group == size:
-        total = _over_chunks(
-            lambda k: _dot(x_ref[:, k], w_ref[:, k].astype(x_ref.dtype), jnp.float32), blocks.chunk, size, scratch
-        )
+        total = _over_chunks(lambda k: _dot(x_ref[:, k], w_ref[:, k].astype(x_ref.dtype)), blocks.chunk, size, scratch)
         out_ref[...] = (total * scale_ref[...]).astype(out_ref.dtype)
         return
-    lanes_ref, *rest = scratch
-    lanes_ref[:, : size // group] = scale_ref[...]  # so that 128 of them can be read whatever their number is
     if _few_rows(blocks, group):
-        by_column_ref, *sums = rest
-        for tile in range(0, lanes_ref.shape[1], LANES):
-            by_column_ref[tile : tile + LANES, :] = lanes_ref[:, tile : tile + LANES].T
-        multiply = functools.partial(_scaled_sums, x_ref, w_ref, by_column_ref, group)
+        lanes_ref, by_column_ref, *sums = scratch
+        _turn(scale_ref, lanes_ref, by_column_ref)
+        multiply = functools.partial(_scaled_sums, lambda own: x_ref[:, own], w_ref, by_column_ref, group)
     else:
-        sums = rest
+        lanes_ref, *sums = scratch
+        lanes_ref[:, : size // group] = scale_ref[...]  # so that 128 of them can be read whatever their number is
         multiply = functools.partial(_scaled_values, x_ref, w_ref, lanes_ref, group)
     out_ref[...] = _over_chunks(multiply, blocks.chunk, size, sums).astype(out_ref.dtype)
+
+
+def _turn(scale_ref, lanes_ref, by_column_ref):
+    """Scales of groups, a row for each row of the weight, to a row for each group."""
+    lanes_ref[:, : scale_ref.shape[1]] = scale_ref[...]  # so that 128 of them can be read whatever their number is
+    for tile in range(0, lanes_ref.shape[1], LANES):
+        by_column_ref[tile : tile + LANES, :] = lanes_ref[:, tile : tile + LANES].T
 
 
 def _few_rows(blocks: Blocks, group: int) -> bool:
@@ -186,23 +223,37 @@ def _scaled_values(x_ref, w_ref, lanes_ref, group: int, k):
         which = (k.start + at + lane) // group % LANES
         scale = jnp.take_along_axis(of_lanes, which, axis=1).astype(x_ref.dtype)
         parts.append(w_ref[:, pl.ds(k.start + at, LANES)].astype(x_ref.dtype) * scale)
-    return _dot(x_ref[:, k], jnp.concatenate(parts, axis=1), jnp.float32)
+    return _dot(x_ref[:, k], jnp.concatenate(parts, axis=1))
 
 
-def _scaled_sums(x_ref, w_ref, by_column_ref, group: int, k):
-    """The same, each group's sums scaled; rows stand as often as 128 numbers have groups, with the others' at zero."""
-    rows, groups = x_ref.shape[0], LANES // group
-    lane = jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
-    total = jnp.zeros((rows, w_ref.shape[0]), jnp.float32)
+def _scaled_sums(x_of, w_ref, by_column_ref, group: int, k, row_scale=None):
+    """The same, each group's sums scaled; rows stand as often as 128 numbers have groups, with the others' at zero.
+
+    Args:
+        x_of: slice of a row's numbers -> those of all rows. row_scale: group -> numbers to multiply its sums with too.
+    """
+    total = None
     for at in range(0, k.size, LANES):
         own = pl.ds(pl.multiple_of(k.start + at, LANES), LANES)
-        x = x_ref[:, own]
-        apart = [jnp.where(lane // group == i, x, jnp.zeros_like(x)) for i in range(groups)]
-        sums = _dot(jnp.concatenate(apart) if groups > 1 else x, w_ref[:, own].astype(x.dtype), jnp.float32)
-        for i in range(groups):
-            scale = by_column_ref[pl.ds((k.start + at) // group + i, 1), :]
-            total += sums[i * rows : (i + 1) * rows] * scale
+        x = x_of(own)
+        rows, first = x.shape[0], (k.start + at) // group
+        sums = _dot(_apart(x, group), w_ref[:, own].astype(x.dtype)).astype(jnp.float32)
+        for i in range(LANES // group):
+            part = sums[i * rows : (i + 1) * rows] * by_column_ref[pl.ds(first + i, 1), :]
+            part = part if row_scale is None else part * row_scale(first + i)
+            total = part if total is None else total + part
     return total
+
+
+def _apart(x, group: int):
+    """Rows of 128 numbers as often as those have groups, each time one group's and zeros."""
+    if group == LANES:
+        return x
+    # Four bytes at a time: registers of bytes have masks of another shape.
+    wide = pltpu.bitcast(x, jnp.int32)
+    lane = jax.lax.broadcasted_iota(jnp.int32, wide.shape, 1)
+    parts = [jnp.where(lane // group == i, wide, jnp.zeros_like(wide)) for i in range(LANES // group)]
+    return jnp.concatenate([pltpu.bitcast(part, x.dtype) for part in parts])
 
 
 def _over_chunks(multiply, chunk: int, size: int, sums):
@@ -219,5 +270,6 @@ def _over_chunks(multiply, chunk: int, size: int, sums):
     return sum_ref[...]
 
 
-def _dot(x, w, dtype):
+def _dot(x, w):
+    dtype = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=dtype)

@@ -152,7 +152,7 @@ def proposed_meshes(config: DecoderConfig, devices: int) -> list[dict[str, int]]
     def useful(axes: dict[str, int]) -> bool:
         """Whether every axis splits something."""
         layout = derive(module, abstract_mesh(axes, devices), jax.ShapeDtypeStruct((8, length), jnp.int32))
-        split = {choice.axis for row in layout.rows for choice in row.choices} | {"data"}
+        split = {axis for row in layout.rows for choice in row.choices for axis in choice.axes} | {"data"}
         return all(axis in split or (axis == "context" and length % size == 0) for axis, size in axes.items())
 
     everything = sorted(_factorings(devices, AXES), key=_simple)

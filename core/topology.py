@@ -24,6 +24,8 @@ from meshloom.core.processes import joined
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 # Those over which rows of a batch lie, the outermost first.
 BATCH_AXES = ("data", "fsdp")
+# Those over which weights are stored in parts and gathered at use: they split tokens, and `data` keeps copies.
+STORE_AXES = ("fsdp", "context")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,16 +28,17 @@ class Span:
     latency: float
 
 
-def axis_spans(devices: Devices, levels: Sequence[Level], mesh: dict[str, int], axis: str) -> tuple[Span, ...]:
-    """Where `axis` lies when the axes are laid out in the order of `AXES`, the last one over neighbours.
+def axis_spans(devices: Devices, levels: Sequence[Level], mesh: dict[str, int], *axes: str) -> tuple[Span, ...]:
+    """Where an axis lies when all are laid out in the order of `AXES`, the last one over neighbours; or several axes
+    that are next to each other, taken as one.
 
     On a torus an axis has the links of the dimensions that it runs along: 16 devices in a row of an 8x8x16 slice have
     a third of a chip's links. Members of which some lie in two nodes meet over the network: of 6 neighbours on nodes
     of 8, pairs are sure to share a node, and no more.
     """
-    inside = AXES[AXES.index(axis) + 1 :]
+    inside = AXES[max(map(AXES.index, axes)) + 1 :]
     stride = math.prod(mesh.get(inner, 1) for inner in inside)
-    size = mesh.get(axis, 1)
+    size = math.prod(mesh.get(axis, 1) for axis in axes)
     spans, done = [], 1
     for level in levels:
         reach = 1 if level.devices % stride else math.gcd(size, level.devices // stride)

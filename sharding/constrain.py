@@ -21,7 +21,7 @@ from flax import nnx
 from jax.extend.core import Jaxpr, JaxprEqn, Var, jaxpr_as_fun
 from jax.sharding import NamedSharding, PartitionSpec
 
-from meshloom.core.topology import BATCH_AXES, axes_of
+from meshloom.core.topology import axes_of
 from meshloom.sharding.classes import find, leaves, leaves_of
 from meshloom.sharding.layout import Layout
 from meshloom.sharding.lookup import Table, lookup
@@ -123,8 +123,9 @@ def _of_table(step: Step, result: NamedSharding, program: Program, layout: Layou
             spec = layout.rows[index].spec
             if (columns := _by_columns(step.equation, result, spec)) is not None:
                 return _Wanted(result, lookup=columns)
-            kept = (None if axis in BATCH_AXES else axis for axis in spec)
-            return _Wanted(result, NamedSharding(layout.mesh, PartitionSpec(*kept)))
+            by_rows = {axis for entry in layout.batch_spec for axis in axes_of(entry)}
+            kept = (tuple(axis for axis in axes_of(entry) if axis not in by_rows) for entry in spec)
+            return _Wanted(result, NamedSharding(layout.mesh, PartitionSpec(*(axes or None for axes in kept))))
     return _Wanted(result)
 
 

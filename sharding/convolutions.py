@@ -64,4 +64,4 @@ def _values(step: Step, row: Row, axes: Mapping[str, int]) -> str | None:
 
 
 def _pair_axes(row: Row) -> set[str]:
-    return {choice.axis for choice in row.choices if choice.axis and choice.rule == "pair"}
+    return {axis for choice in row.choices if choice.rule == "pair" for axis in choice.axes}

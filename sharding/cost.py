@@ -3,19 +3,19 @@
 Compute is a roofline per group of products: FLOPs over the peak times the chip's one efficiency constant, or bytes over
 the bandwidth of its memory, whichever takes longer. Collectives follow from what the rules split:
 
-* `fsdp`: weights are gathered where they are used, in forward and again in backward when a scan runs over them; their
-  gradients are reduce-scattered.
+* `fsdp`, `context`: weights are gathered where they are used, in forward and again in backward when a scan runs over
+  them; their gradients are reduce-scattered, those of weights that an axis does not split are all-reduced over it.
 * `tensor`, `expert`: each product that contracts a split class leaves partial sums, reduced once (the all-reduce, or
   the reduce-scatter and all-gather that XLA may make of it, which moves as much).
-* `data`: gradients are all-reduced; so are those of weights that `fsdp` does not split, over both axes.
-* `context`: so are gradients, in every part; keys and values go round a ring, and on the way back with float32 sums of
-  their gradients.
+* `data`: gradients are all-reduced.
+* `context`: keys and values go round a ring, and on the way back with float32 sums of their gradients.
 
 `OVERLAP` is an assumption, not a measurement: the fraction of each class of collectives that runs behind compute.
 Memory is what the program keeps, not what a compiler's allocator adds to it.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, cast
@@ -25,7 +25,7 @@ import numpy as np
 from meshloom.core.errors import ConfigError
 from meshloom.core.hardware import Chip
 from meshloom.core.program_report import Collective
-from meshloom.core.topology import Devices, network
+from meshloom.core.topology import AXES, STORE_AXES, Devices, network
 from meshloom.sharding import collectives
 from meshloom.sharding.classes import Dim, find
 from meshloom.sharding.collectives import Kind, Span, axis_spans
@@ -130,13 +130,14 @@ def split_of(work: Work, rows: Sequence[Row], mesh: Mapping[str, int]) -> Split:
     ways: dict[Dim, dict[str, int]] = {}
     for row, dims in zip(rows, work.leaves, strict=True):
         for choice, factors in zip(row.choices, dims, strict=True):
-            if choice.rule != "pair" or choice.axis is None:
+            if choice.rule != "pair":
                 continue
-            left = mesh[choice.axis]
+            (axis,) = choice.axes
+            left = mesh[axis]
             for leaf in map(find, factors):
                 taken = math.gcd(leaf.size, left)
                 if taken > 1:
-                    ways.setdefault(leaf, {})[choice.axis] = taken
+                    ways.setdefault(leaf, {})[axis] = taken
                 left //= taken
     return Split(ways)
 
@@ -149,8 +150,8 @@ class Pricer:
             raise ConfigError(f"no {dtype} peak is known for {chip.name}; known: {', '.join(chip.flops)}")
         self.chip, self.mesh, self.dtype = chip, mesh, dtype
         self.peak = chip.flops[dtype] * chip.efficiency
-        levels = network(devices, chip)
-        self._spans = {axis: axis_spans(devices, levels, mesh, axis) for axis, size in mesh.items() if size > 1}
+        self._devices, self._levels = devices, network(devices, chip)
+        self._spans: dict[tuple[int, ...], list[Span]] = {}
 
     def groups(self, work: Work, split: Split, rows: float | int, parts: float | int = 1) -> tuple[GroupCost, ...]:
         """Roofline of every group with `rows` rows on this device, `parts` times."""
@@ -221,39 +222,42 @@ class Pricer:
         return costs
 
     def _spans_of(self, axes: Sequence[str]) -> Sequence[Span]:
-        """Of axes in the order of the mesh, whose last one lies over neighbours."""
-        return [span for axis in reversed(axes) for span in self._spans.get(axis, ())]
+        """The innermost first; axes next to each other are one ring, which has the links of all."""
+        present = [axis for axis in AXES if self.mesh.get(axis, 1) > 1]
+        places = tuple(place for place, axis in enumerate(present) if axis in axes)
+        if places not in self._spans:
+            # What lies side by side is as far from its place among those asked for.
+            runs = itertools.groupby(enumerate(places), lambda pair: pair[1] - pair[0])
+            beside = [[present[place] for _, place in run] for _, run in runs]
+            spans = (axis_spans(self._devices, self._levels, self.mesh, *run) for run in reversed(beside))
+            self._spans[places] = list(itertools.chain.from_iterable(spans))
+        return self._spans[places]
 
     def weights_and_gradients(
         self, rows: Sequence[Row], parts: int, reductions: int, tables: Collection[int] = (), tokens: float | int = 0
     ) -> list[CollectiveCost]:
-        """Gathers of stored weights in each of `parts`, and reductions of gradients over `fsdp`, `context` and `data`.
+        """Gathers of stored weights and reductions of gradients in each of `parts`, those over `data` in `reductions`.
 
         Args:
             tables: indices of the rows that are only looked up; of those stored by columns the results are sent.
             tokens: that one device looks up in a part.
         """
-        fsdp, data = self.mesh.get("fsdp", 1), self.mesh.get("data", 1)
         item = np.dtype(self.dtype).itemsize
         found = []
         for index, row in enumerate(rows):
-            layers = stacked(row)
-            stored = any(choice.axis == "fsdp" for choice in row.choices)
-            shard = row.bytes_per_device / np.dtype(row.dtype).itemsize * item / layers
-            whole = shard * fsdp if stored else shard
-            if stored and index in tables and row.choices[-1].axis == "fsdp":
+            layers, stored = stacked(row), row.stored
+            shard = elements(row) * item / layers
+            if index in tables and row.choices[-1].rule == "store":
                 looked_up = float(tokens * row.choices[-1].size * item)
-                found.append(self.collective("all_to_all", "fsdp", "weights", looked_up, 2 * parts))
+                found.append(self.collective("all_to_all", stored, "weights", looked_up, 2 * parts))
             elif stored:
                 uses = 2 if layers > 1 or in_blocks(row) else 1
-                found.append(self.collective("all_gather", "fsdp", "weights", whole, uses * layers * parts))
-                found.append(self.collective("reduce_scatter", "fsdp", "gradients", shard, layers * parts))
-            elif fsdp > 1:
-                found.append(self.collective("all_reduce", "fsdp", "gradients", whole, layers * parts))
-            if self.mesh.get("context", 1) > 1:
-                found.append(self.collective("all_reduce", "context", "gradients", shard, layers * parts))
-            if data > 1:
-                found.append(self.collective("all_reduce", "data", "gradients", shard, layers * reductions))
+                whole = layer_elements(row, self.mesh) * item
+                found.append(self.collective("all_gather", stored, "weights", whole, uses * layers * parts))
+                found.append(self.collective("reduce_scatter", stored, "gradients", shard, layers * parts))
+            for axis, times in (*((axis, parts) for axis in STORE_AXES if axis not in stored), ("data", reductions)):
+                if self.mesh.get(axis, 1) > 1:
+                    found.append(self.collective("all_reduce", axis, "gradients", shard, layers * times))
         return found
 
     def breakdown(
@@ -299,12 +303,16 @@ def in_blocks(row: Row) -> bool:
     return any(choice.role == "vocab" for choice in row.choices)
 
 
-def gathered_elements(row: Row, fsdp: int) -> float:
+def gathered_elements(row: Row, mesh: Mapping[str, int]) -> float:
     """Elements that stand gathered at once: two layers of a stack (one is used, one under way), or all of the rest.
 
     Blocks of a vocabulary are counted with the loss.
     """
-    if in_blocks(row) or not any(choice.axis == "fsdp" for choice in row.choices):
+    if in_blocks(row) or not row.stored:
         return 0.0
-    layers = stacked(row)
-    return elements(row) * fsdp / layers * (2 if layers > 1 else 1)
+    return layer_elements(row, mesh) * (2 if stacked(row) > 1 else 1)
+
+
+def layer_elements(row: Row, mesh: Mapping[str, int]) -> float:
+    """Elements of one layer of a parameter where it is used: gathered, and split by the pair rule alone."""
+    return elements(row) / stacked(row) * math.prod(mesh[axis] for axis in row.stored)

@@ -12,18 +12,17 @@ def explain(layout: Layout, name: str) -> str:
         ShardingError: there is no such parameter; the message lists the nearest names.
     """
     row = layout.row(name)
-    axes = " ".join(f"{axis}={size}" for axis, size in layout.mesh.shape.items())
+    mesh = " ".join(f"{axis}={size}" for axis, size in layout.mesh.shape.items())
     lines = [
-        f"{row.name}  {row.dtype}{list(row.shape)}  on {axes}",
+        f"{row.name}  {row.dtype}{list(row.shape)}  on {mesh}",
         f"  {spec_text(row)}  by the {row.rule} rule"
         if row.rule != "replicated"
         else f"  {spec_text(row)}  replicated",
         f"  {bytes_text(row.bytes_per_device)} of {bytes_text(row.bytes_total)} per device",
     ]
     for dimension, choice in enumerate(row.choices):
-        lines.append(
-            f"  dimension {dimension} ({choice.size}, {choice.role}) {choice.axis or 'whole'}: {choice.reason}"
-        )
+        axes = ", ".join(choice.axes) or "whole"
+        lines.append(f"  dimension {dimension} ({choice.size}, {choice.role}) {axes}: {choice.reason}")
     return "\n".join(lines)
 
 
@@ -43,8 +42,10 @@ def table(layout: Layout) -> Table:
 
 
 def spec_text(row: Row) -> str:
-    """`P(tensor, None)`."""
-    return f"P({', '.join(str(choice.axis) for choice in row.choices)})"
+    """`P(tensor, None)`, `P((fsdp, context), None)`."""
+    entries = (", ".join(choice.axes) or "None" for choice in row.choices)
+    texts = (f"({entry})" if ", " in entry else entry for entry in entries)
+    return f"P({', '.join(texts)})"
 
 
 def bytes_text(count: int) -> str:

@@ -33,7 +33,7 @@ class RunnerUp:
         conversions: how many more conversions of one forward pass there are, trips counted.
     """
 
-    axis: str
+    axes: tuple[str, ...]
     dimension: int
     instead: int
     bytes: float
@@ -46,7 +46,8 @@ class RunnerUp:
             if self.conversions
             else "as many"
         )
-        return f"{self.axis} on dimension {self.instead} instead of {self.dimension}: {change}, in {count} collectives"
+        axes = ", ".join(self.axes)
+        return f"{axes} on dimension {self.instead} instead of {self.dimension}: {change}, in {count} collectives"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +69,9 @@ class ParameterFlow:
         if self.conversions:
             lines.append(f"  {bytes_text(round(self.total_bytes))} on each device in a forward pass")
         lines += [f"  {each}" for each in self.runners_up]
-        compared = {each.axis for each in self.runners_up}
-        split = [choice.axis for choice in self.row.choices if choice.axis is not None and choice.axis not in compared]
-        return "\n".join([*lines, *(f"  {axis}: no other dimension could take it" for axis in split)])
+        compared = {each.axes for each in self.runners_up}
+        split = [choice.axes for choice in self.row.choices if choice.axes and choice.axes not in compared]
+        return "\n".join([*lines, *(f"  {', '.join(axes)}: no other dimension could take it" for axes in split)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +205,7 @@ _SPLIT_BY = {"data": "as the batch is", "fsdp": "as the batch is", "context": "a
 
 
 def _runner_up(known: Flow, index: int, dimension: int) -> RunnerUp | None:
-    """The cheapest other dimension that the axis on `dimension` could split, if there is one.
+    """The cheapest other dimension that the axes on `dimension` could split, if there is one.
 
     An axis of the pair rule may change places with the one that stores the weight.
     """
@@ -212,14 +213,14 @@ def _runner_up(known: Flow, index: int, dimension: int) -> RunnerUp | None:
     split = row.choices[dimension]
 
     def fits(place: int, choice: Choice) -> bool:
-        ways = known.layout.mesh.shape.get(choice.axis, 1)
+        ways = math.prod(known.layout.mesh.shape[axis] for axis in choice.axes)
         return row.choices[place].size % ways == 0 and not cuts(dims[place], ways)
 
     others = [
         place
         for place, choice in enumerate(row.choices)
-        if split.axis is not None and place != dimension and choice.role != "stack" and fits(place, split)
-        if choice.axis is None or (split.rule == "pair" and choice.rule == "store" and fits(dimension, choice))
+        if split.axes and place != dimension and choice.role != "stack" and fits(place, split)
+        if not choice.axes or (split.rule == "pair" and choice.rule == "store" and fits(dimension, choice))
     ]
     return min((_exchanged(known, index, dimension, place) for place in others), key=lambda it: it.bytes, default=None)
 
@@ -229,9 +230,9 @@ def _exchanged(known: Flow, index: int, dimension: int, instead: int) -> RunnerU
     row = known.layout.rows[index]
     split, choices = row.choices[dimension], list(row.choices)
     for place, source in ((dimension, row.choices[instead]), (instead, split)):
-        choices[place] = dataclasses.replace(row.choices[place], axis=source.axis, rule=source.rule)
+        choices[place] = dataclasses.replace(row.choices[place], axes=source.axes, rule=source.rule)
     rows = list(known.layout.rows)
     rows[index] = dataclasses.replace(row, choices=tuple(choices))
     other = flow(known.program, dataclasses.replace(known.layout, rows=tuple(rows)))
     count, before = (sum(each.trips for each in one.conversions) for one in (other, known))
-    return RunnerUp(str(split.axis), dimension, instead, other.total_bytes - known.total_bytes, count - before)
+    return RunnerUp(split.axes, dimension, instead, other.total_bytes - known.total_bytes, count - before)

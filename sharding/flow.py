@@ -99,5 +99,6 @@ def _complaint(found: list[Conversion]) -> str:
     return (
         f"{first.origin.source or 'the forward pass'}: {first.origin.reason}. That is an {first.collective} over "
         f"{', '.join(first.axes)} of {bytes_text(round(first.bytes))} on each device{times}, which no rule of the "
-        f"layout intends{more}. Keep the dimension whole there, or allow it with above={round(first.total_bytes)}"
+        f"layout intends{more}. Keep the dimension whole there; in Python, "
+        f"strict(..., above={round(first.total_bytes)}) lets it pass"
     )

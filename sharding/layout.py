@@ -24,13 +24,18 @@ Rule = Literal["pair", "store"]
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What was decided for one dimension: split over `axis` by `rule`, or left whole (both None), and the reason."""
+    """What was decided for one dimension: split over `axes` by `rule`, or left whole (none, None), and the reason."""
 
     size: int
     role: Role
-    axis: str | None
+    axes: tuple[str, ...]
     rule: Rule | None
     reason: str
+
+    @property
+    def entry(self) -> str | tuple[str, ...] | None:
+        """Of a PartitionSpec."""
+        return self.axes if len(self.axes) > 1 else next(iter(self.axes), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +56,12 @@ class Row:
 
     @property
     def spec(self) -> PartitionSpec:
-        return PartitionSpec(*(choice.axis for choice in self.choices))
+        return PartitionSpec(*(choice.entry for choice in self.choices))
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """The axes over which the store rule splits it."""
+        return next((choice.axes for choice in self.choices if choice.rule == "store"), ())
 
     @property
     def rule(self) -> str:

@@ -23,6 +23,7 @@ WIDTH, DPI = 1600, 100
 # Okabe and Ito's colours, told apart by all; texts are darker, for contrast.
 PAIR, STORE, CONTEXT, SILENT = "#0072B2", "#E69F00", "#009E73", "#CC4C9B"
 TEXT = {PAIR: "#005A8E", STORE: "#8A5A00", CONTEXT: "#00694D", SILENT: "#9C2470"}
+_CAUSED = {"store": STORE, "context": CONTEXT, "silent": SILENT}  # all else comes of the pair rule
 INK, GREY, LINE, WHOLE, PIECE, FRAME = "#1F2933", "#5F6B76", "#7B8794", "#E4E9EE", "#35495E", "#F8F6F0"
 FRAME_EDGE, STREAM_FILL = "#CFC6B0", "#CBD2D9"
 FONT = "DejaVu Sans"  # matplotlib brings it along
@@ -126,13 +127,8 @@ class Measures:
         lines = (f"{moved.collective} {axes} {size}",) if wide else (str(moved.collective), f"over {axes}", size)
         if moved.cause == "silent":
             lines = (*lines, "by no rule")
-        color = SILENT if moved.cause == "silent" else self.axis_color(moved.axes[0])
+        color = _CAUSED.get(moved.cause, PAIR)
         return Pill(lines, color, 18 + max(self.measured(line, SMALL) for line in lines))
-
-    def axis_color(self, axis: str) -> str:
-        """That of the rule by which the axis cuts weights; for others, of what they do."""
-        known = {"data": STORE, "fsdp": STORE, "context": CONTEXT}
-        return self.rules.get(axis, known.get(axis, PAIR))
 
     def extent(self, size: int) -> Pixels:
         """How long a side is drawn."""

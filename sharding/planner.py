@@ -28,8 +28,8 @@ from meshloom.sharding.cost import (
     elements,
     gathered_elements,
     in_blocks,
+    layer_elements,
     split_of,
-    stacked,
 )
 from meshloom.sharding.layout import Row
 from meshloom.sharding.roles import Roles
@@ -251,7 +251,7 @@ def price_mesh(
     if workload.rows % ways or workload.sequence_length % mesh.get("context", 1):
         return
     rules, _ = decide(traced.program, traced.roles, mesh)
-    used = {choice.axis for row in rules for choice in row.choices}
+    used = {axis for row in rules for choice in row.choices for axis in choice.axes}
     if any(mesh.get(axis, 1) > 1 and axis not in used for axis in ("tensor", "expert")):
         return
     pricer = Pricer(chip, devices, mesh, workload.dtype)
@@ -324,12 +324,12 @@ def _memory(
     layer = sum(
         none_split.share(each.bytes, each.dims) / each.layers for each in traced.steps["none"].saved if each.layers > 1
     )
-    gathered = sum(gathered_elements(row, mesh.get("fsdp", 1)) for row in rules)
+    gathered = sum(gathered_elements(row, mesh) for row in rules)
     # Gradients in the computation's dtype stand beside those of earlier parts that they are added to. Those of one part
     # are converted as the optimizer reads them.
     gradient = item + (workload.gradient_bytes if parts > 1 else 0)
     copy = item if item < workload.parameter_bytes else 0
-    whole = (elements(row) / stacked(row) * mesh.get("fsdp", 1) for row in rules if not in_blocks(row))
+    whole = (layer_elements(row, mesh) for row in rules if not in_blocks(row))
     # Logits and their gradient.
     loss = 2 * sum(forward_split.share(each.bytes, each.dims) for each in traced.forward.output)
     loss *= rows / traced.forward.rows

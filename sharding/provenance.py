@@ -2,8 +2,8 @@
 
 What the two rules of layouts intend:
 
-* *store*: a weight that is split over `fsdp` is gathered where it meets an activation; rows of a table that is split by
-  columns come from where they are stored.
+* *store*: a weight that the store rule splits is gathered where it meets an activation; rows of a table that is split
+  by columns come from where they are stored.
 * *pair*, *vocab*: a product or a lookup over a dimension that the pair rule splits leaves sums to be made.
 * *context*: keys and values go round a ring; any other product of two activations needs one of them for all tokens,
   or sums over them.
@@ -95,6 +95,11 @@ class Provenance:
             for dim, choice in zip(parameter.dims, row.choices, strict=True):
                 if choice.rule == "pair":
                     self._holders[leaves(dim)[0]].add(index)
+        self._stored = [row.stored for row in layout.rows]
+
+    def is_stored(self, value: Value, axis: str) -> bool:
+        """Whether the store rule splits a weight over the axis, or what the weight is made of."""
+        return any(axis in self._stored[index] for index in value.parameters)
 
     def note(self, step: Step) -> None:
         """Remembers what made the results of a step: its equation, or that of what it hands on."""
@@ -148,8 +153,8 @@ class Provenance:
         name = self._names(value.parameters) if value.kind == Kind.WEIGHT else "an activation"
         what = f"{name} {[dim.size for dim in value.dims]}"
         operator = "a loop" if step.equation is None else f"`{step.equation.primitive.name}`"
-        if value.kind == Kind.WEIGHT and axes == ("fsdp",) and new == BROADCAST:
-            reason = f"{what} is stored over fsdp and gathered at use"
+        if new == BROADCAST and all(self.is_stored(value, axis) for axis in axes):
+            reason = f"{what} is stored over {', '.join(axes)} and gathered at use"
             return Origin("store", reason, value.parameters, *place)
         activations = all(each.kind == Kind.ACTIVATION for each in step.inputs[:2])
         if axes == ("context",) and isinstance(step.fact, Product) and activations and new == BROADCAST:

@@ -7,16 +7,15 @@ projection divide by K, or by K and then G, never by H; kv heads stay replicated
 picked by expert are split over `expert`; a router is not, for its choice needs all scores. What the program cuts open
 (the rows of a fused `[q | k | v]`) is never split across the cut.
 
-**Store rule.** Of the dimensions left the largest that divides is split over `fsdp` and gathered where it is used. The
-vocabulary yields to the residual: rows of it that are split tempt XLA to gather activations instead, and the gradient
-of the table is then summed whole; and columns are what `lookup.py` looks up. Vectors stay replicated: a gather costs
-more time than their bytes are worth. A vector has one dimension besides the stack, or it is spread over several: it is
-only ever added or multiplied element by element, and one weight produces all of its dimensions, as the bias `[N, H]` of
-a projection to `N` heads. A table of positions `[T, D]` is none, for no weight produces its rows. A stack of layers is
-never split.
+**Store rule.** Of the dimensions left the largest that divides is split over `fsdp` and `context` together and gathered
+where it is used; where none divides by both, over the one with more devices. The vocabulary yields to the residual:
+rows of it that are split tempt XLA to gather activations instead, and the gradient of the table is then summed whole;
+and columns are what `lookup.py` looks up. Vectors stay replicated: a gather costs more time than their bytes are worth.
+A vector has one dimension besides the stack, or it is spread over several: it is only ever added or multiplied element
+by element, and one weight produces all of its dimensions, as the bias `[N, H]` of a projection to `N` heads. A table of
+positions `[T, D]` is none, for no weight produces its rows. A stack of layers is never split.
 
-`data` and `context` never split a weight. A dimension carries one axis. Axes that are absent or of size 1 split
-nothing.
+`data` never splits a weight. A dimension is split by one rule. Axes that are absent or of size 1 split nothing.
 """
 
 import dataclasses
@@ -26,6 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from meshloom.core.topology import STORE_AXES
 from meshloom.sharding.classes import Dim, cuts, leaves
 from meshloom.sharding.layout import Choice, Row, Rule
 from meshloom.sharding.roles import Role, Roles
@@ -36,9 +36,9 @@ Place = tuple[int, int]  # index of a parameter, and one of its dimensions
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The decision to split a dimension over `axis`."""
+    """The decision to split a dimension over `axes`."""
 
-    axis: str
+    axes: tuple[str, ...]
     rule: Rule
     reason: str
 
@@ -96,9 +96,8 @@ class _Rules:
                 self.refusals[place] = "a router's scores are compared over all experts"
             elif self._may_split(place, run, "expert"):
                 holders = self._names(self.roles.picked.get(run[0], set()))
-                self._split(
-                    place, "expert", "pair", f"expert: {holders} hold a matrix for each; one reduction over them"
-                )
+                reason = f"expert: {holders} hold a matrix for each; one reduction over them"
+                self._split(place, ("expert",), "pair", reason)
 
     def split_pairs(self) -> None:
         """Heads, inner and vocab dimensions over `tensor`."""
@@ -115,7 +114,7 @@ class _Rules:
                 if reason is None:
                     self.refusals[place] = "the other side of its pair cannot be split: together or not at all"
                 elif self._dimension_over(place[0], "tensor") is None:
-                    self._split(place, "tensor", "pair", reason)
+                    self._split(place, ("tensor",), "pair", reason)
 
     def _by_precedence(self, groups: Mapping[Dim, list[tuple[Place, Sequence[Dim]]]]) -> list[Dim]:
         """Heads first, then the class with the most bytes of weights; the first in the program among equals."""
@@ -167,21 +166,30 @@ class _Rules:
     # -- store rule --
 
     def store(self) -> None:
-        """One of the dimensions left over `fsdp`: the largest, or the residual of a weight with a vocabulary."""
-        ways = self._ways("fsdp")
-        if ways == 1:
-            return
-        for index, parameter in enumerate(self.parameters):
-            if self._is_vector(index):
-                continue
-            left = [d for d in self._wide(index) if d not in self.splits[index] and parameter.shape[d] % ways == 0]
-            if left:
-                reason = f"the largest dimension left that divides by fsdp={ways}"
-                residual = [d for d in left if self._role(index, d) == "residual"]
-                if residual and any(self._role(index, d) == "vocab" for d in left):
-                    left, reason = residual, f"the residual, before the vocabulary; it divides by fsdp={ways}"
-                largest = max(left, key=lambda d: parameter.shape[d])
-                self._split((index, largest), "fsdp", "store", reason)
+        """One of the dimensions left over the axes that store: the largest, or the residual of a weight with a
+        vocabulary."""
+        for index in range(len(self.parameters)):
+            if not self._is_vector(index):
+                next(filter(None, (self._stored_over(index, axes) for axes in self._storing())), None)
+
+    def _storing(self) -> list[tuple[str, ...]]:
+        """Axes that may store a weight together, those with the most devices first."""
+        present = [axis for axis in STORE_AXES if self._ways(axis) > 1]
+        groups = (axes for count in range(len(present), 0, -1) for axes in itertools.combinations(present, count))
+        return sorted(groups, key=self._devices, reverse=True)
+
+    def _stored_over(self, index: int, axes: tuple[str, ...]) -> bool:
+        """Whether a dimension divides by all of the axes, and is now split over them."""
+        shape = self.parameters[index].shape
+        left = [d for d in self._wide(index) if d not in self.splits[index] and shape[d] % self._devices(axes) == 0]
+        if not left:
+            return False
+        reason = f"the largest dimension left that divides by {self._sizes(axes)}"
+        residual = [d for d in left if self._role(index, d) == "residual"]
+        if residual and any(self._role(index, d) == "vocab" for d in left):
+            left, reason = residual, f"the residual, before the vocabulary; it divides by {self._sizes(axes)}"
+        self._split((index, max(left, key=lambda d: shape[d])), axes, "store", reason)
+        return True
 
     def _wide(self, index: int) -> list[int]:
         """Dimensions of a weight besides its stack of layers and those of size 1."""
@@ -205,7 +213,7 @@ class _Rules:
     def row(self, index: int) -> Row:
         """What was decided for one parameter."""
         parameter = self.parameters[index]
-        ways = math.prod(self._ways(split.axis) for split in self.splits[index].values())
+        ways = math.prod(self._devices(split.axes) for split in self.splits[index].values())
         choices = tuple(self._choice(index, d) for d in range(len(parameter.shape)))
         return Row(
             parameter.name, parameter.shape, parameter.dtype, choices, _bytes(parameter) // ways, self._is_vector(index)
@@ -216,24 +224,25 @@ class _Rules:
         refusal = self.refusals.get((index, dimension))
         if split := self.splits[index].get(dimension):
             reason = f"{split.reason}; not by the pair rule: {refusal}" if refusal else split.reason
-            return Choice(size, role, split.axis, split.rule, reason)
+            return Choice(size, role, split.axes, split.rule, reason)
         if refusal is None and self._ways("tensor") > 1:
             refusal = _NO_PAIR.get(role)
         not_stored = self._not_stored(index, dimension)
-        return Choice(size, role, None, None, f"{refusal}; {not_stored}" if refusal else not_stored)
+        return Choice(size, role, (), None, f"{refusal}; {not_stored}" if refusal else not_stored)
 
     def _not_stored(self, index: int, dimension: int) -> str:
         """Why the store rule left a dimension whole."""
-        ways, stored = self._ways("fsdp"), self._dimension_over(index, "fsdp")
+        storing, splits = self._storing(), self.splits[index]
         if self._role(index, dimension) == "stack":
             return "a stack of layers: every device runs every layer"
-        if ways == 1:
+        if not storing:
             return "the mesh has no fsdp axis to store it over"
         if self._is_vector(index):
             return "a vector: gathering it would cost more time than its bytes are worth"
-        if stored is not None:
-            return f"fsdp is on dimension {stored}"
-        return f"{self.parameters[index].shape[dimension]} does not divide by fsdp={ways}"
+        for stored, split in splits.items():
+            if split.rule == "store":
+                return f"{' and '.join(split.axes)} {'is' if len(split.axes) == 1 else 'are'} on dimension {stored}"
+        return f"{self.parameters[index].shape[dimension]} does not divide by {self._sizes(storing[-1])}"
 
     def kv_heads_axis(self) -> str | None:
         """`tensor` if every attention splits its keys and values by whole kv heads."""
@@ -249,11 +258,17 @@ class _Rules:
 
     # -- reading --
 
-    def _split(self, place: Place, axis: str, rule: Rule, reason: str) -> None:
-        self.splits[place[0]][place[1]] = Split(axis, rule, reason)
+    def _split(self, place: Place, axes: tuple[str, ...], rule: Rule, reason: str) -> None:
+        self.splits[place[0]][place[1]] = Split(axes, rule, reason)
 
     def _ways(self, axis: str) -> int:
         return self.axes.get(axis, 1)
+
+    def _devices(self, axes: tuple[str, ...]) -> int:
+        return math.prod(map(self._ways, axes))
+
+    def _sizes(self, axes: tuple[str, ...]) -> str:
+        return " x ".join(f"{axis}={self._ways(axis)}" for axis in axes)
 
     def _places(self) -> Iterator[tuple[Place, Dim]]:
         for index, parameter in enumerate(self.parameters):
@@ -273,7 +288,7 @@ class _Rules:
 
     def _dimension_over(self, index: int, axis: str) -> int | None:
         """The dimension of the parameter that is split over `axis`."""
-        return next((dimension for dimension, split in self.splits[index].items() if split.axis == axis), None)
+        return next((dimension for dimension, split in self.splits[index].items() if axis in split.axes), None)
 
     def _names(self, indices: set[int]) -> str:
         names = [self.parameters[index].name for index in sorted(indices)]

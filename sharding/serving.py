@@ -153,7 +153,7 @@ def plan_serving(
         if mesh["fsdp"] > 1:
             continue
         rules, kv_axis = decide(program, roles, mesh)
-        used = {choice.axis for row in rules for choice in row.choices}
+        used = {axis for row in rules for choice in row.choices for axis in choice.axes}
         if any(mesh.get(axis, 1) > 1 and axis not in used for axis in ("tensor", "expert")):
             continue
         local = cached / (mesh[kv_axis] if kv_axis else 1)

@@ -247,7 +247,7 @@ class _Reader:
 
     def _side(self, row: Row, dims: Dims, places: Sequence[int]) -> Side:
         choices = [row.choices[place] for place in places]
-        cuts = tuple(Cut(each.axis, self.mesh[each.axis], each.rule) for each in choices if each.axis and each.rule)
+        cuts = tuple(Cut(axis, self.mesh[axis], each.rule) for each in choices if each.rule for axis in each.axes)
         text = TIMES.join(self._named(row.choices[place], dims[place]) for place in places)
         return Side(text, math.prod(each.size for each in choices), cuts)
 

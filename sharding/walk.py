@@ -6,8 +6,8 @@ its body makes it so, for which the walk may need a second pass.
 
 A partial sum stays one through casts, transposes, reshapes and the sum of two such, as long as nobody else wants it,
 and is reduced where it is used otherwise. What was gathered or reduced once is not again, except for the next trip of
-a loop. Weights that `fsdp` stores are gathered where they meet activations, and no weight is moved otherwise: it is
-taken as the larger of the two.
+a loop. Weights that are stored in parts are gathered where they meet activations, and no weight is moved otherwise: it
+is taken as the larger of the two.
 """
 
 import collections
@@ -148,8 +148,9 @@ class Walk:
         if value.dims != self.program.parameters[index].dims:
             return {}
         self._item_bytes[value] = self.program.parameters[index].dtype.itemsize
-        spec = self.layout.rows[index].spec
-        return {factor: Split(spec.index(axis_of(factor))) for factor in self.mesh if axis_of(factor) in spec}
+        spec = map(axes_of, self.layout.rows[index].spec)
+        dimension_of = {axis: dimension for dimension, axes in enumerate(spec) for axis in axes}
+        return {factor: Split(dimension_of[axis_of(factor)]) for factor in self.mesh if axis_of(factor) in dimension_of}
 
     # -- steps --
 
@@ -223,7 +224,11 @@ class Walk:
         for value in region.inputs:
             held = self.placements[value]
             if value.kind == Kind.WEIGHT:
-                kept = {factor: state for factor, state in held.items() if axis_of(factor) not in BATCH_AXES}
+                kept = {
+                    factor: state
+                    for factor, state in held.items()
+                    if not self._provenance.is_stored(value, axis_of(factor))
+                }
                 over |= kept.keys()
             else:
                 kept = {
@@ -323,10 +328,11 @@ class Walk:
     ) -> tuple[float, tuple[str, ...], Signature]:
         """Price, axes and signature with the fewest bytes over `axes`; partial results count their reduction."""
         with_activation = any(value.kind == Kind.ACTIVATION for value in step.inputs)
-        gathers = with_activation and axis_of(axes[0]) == "fsdp"
+        gathered = {
+            value for value in step.inputs if with_activation and self._provenance.is_stored(value, axis_of(axes[0]))
+        }
         states = [
-            BROADCAST if gathers and value.kind == Kind.WEIGHT else self.placements[value].get(axes[0], BROADCAST)
-            for value in step.inputs
+            BROADCAST if value in gathered else self.placements[value].get(axes[0], BROADCAST) for value in step.inputs
         ]
 
         def price(signature: Signature) -> tuple[float, int]:

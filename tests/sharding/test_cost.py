@@ -108,6 +108,20 @@ def test_a_compiled_program_is_priced_by_the_collectives_that_it_has():
     assert sums.seconds == 2 * seconds("all_reduce", 1e6, spans)
 
 
+def test_axes_side_by_side_have_the_links_of_both():
+    """Of v5p:4x4x4 `fsdp` runs along two dimensions and `context` along one; `data` and `context` are two rings."""
+    devices = parse_devices("v5p:4x4x4")
+
+    def gather(mesh: dict[str, int], *axes: str) -> float:
+        pricer = Pricer(chip_named("v5p"), devices, mesh, "bfloat16")
+        return pricer.collective("all_gather", axes, "weights", 1e9, 1).seconds
+
+    both = {"fsdp": 16, "context": 4}
+    assert gather(both, "fsdp", "context") == gather({"fsdp": 64}, "fsdp")
+    apart = {"data": 4, "fsdp": 4, "context": 4}
+    assert gather(apart, "data", "context") > gather(apart, "fsdp", "context")
+
+
 def test_only_a_share_crosses_the_slow_level():
     spans = (Span("nvlink", 8, 100.0, 0.0), Span("network", 2, 10.0, 0.0))
     assert seconds("all_gather", 800.0, spans) == pytest.approx(7 / 8 * 800 / 100 + 1 / 2 * 100 / 10)

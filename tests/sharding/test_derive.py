@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from rich.console import Console
 
 from meshloom.core.errors import ShardingError
+from meshloom.core.topology import axes_of
 from meshloom.models.config import DecoderConfig, MoEConfig
 from meshloom.models.decoder import Decoder
 from meshloom.sharding import derive, explain
@@ -37,6 +38,16 @@ class Block(nnx.Module):
 class WithExample(Block):
     def example_inputs(self):
         return (EXAMPLE,)
+
+
+class Product(nnx.Module):
+    """One matrix of 16 rows."""
+
+    def __init__(self, width: int):
+        self.weight = nnx.Param(jnp.zeros((16, width)))
+
+    def __call__(self, x):
+        return x @ self.weight
 
 
 def block() -> Block:
@@ -126,11 +137,23 @@ def test_sequences_lie_over_context():
         layout.batch_sharding(4, 3)
 
 
-def test_context_splits_no_weight():
-    with_context = derive(block(), abstract(fsdp=2, context=4), EXAMPLE)
-    assert [row.spec for row in with_context.rows] == [
-        row.spec for row in derive(block(), abstract(fsdp=2), EXAMPLE).rows
-    ]
+@pytest.mark.parametrize(
+    ("width", "axes", "spec"),
+    [
+        (24, {"fsdp": 2, "context": 4}, PartitionSpec(None, ("fsdp", "context"))),
+        (24, {"context": 4}, PartitionSpec(None, "context")),
+        (12, {"fsdp": 3, "context": 8}, PartitionSpec("context", None)),  # neither side by 24; 16 by 8
+        (12, {"fsdp": 4, "context": 3}, PartitionSpec(None, ("fsdp", "context"))),
+        (12, {"fsdp": 2, "context": 7}, PartitionSpec("fsdp", None)),
+        (12, {"fsdp": 4, "context": 4, "tensor": 2}, PartitionSpec(("fsdp", "context"), "tensor")),
+    ],
+)
+def test_weights_are_stored_over_fsdp_and_context_together(width, axes, spec):
+    """Where neither side divides by both, by the one with more devices."""
+    layout = derive(Product(width), abstract(**axes), jax.ShapeDtypeStruct((4, 16), jnp.float32))
+    (row,) = layout.rows
+    assert row.spec == spec
+    assert set(row.stored) == {axis for entry in spec for axis in axes_of(entry)} - {"tensor"}
 
 
 def test_an_unknown_axis_is_refused_with_the_known_ones():
@@ -207,9 +230,9 @@ def test_whatever_the_sizes_every_split_divides_and_no_axis_is_used_twice(kv_hea
     module = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     layout = derive(module, abstract(**axes), *module.example_inputs(2, 6))
     for row in layout.rows:
-        used = [choice.axis for choice in row.choices if choice.axis]
+        used = [axis for choice in row.choices for axis in choice.axes]
         assert len(used) == len(set(used)), row
-        assert all(choice.size % axes[choice.axis] == 0 for choice in row.choices if choice.axis), row
+        assert all(choice.size % math.prod(axes[axis] for axis in choice.axes) == 0 for choice in row.choices), row
         assert row.bytes_per_device * math.prod(axes[axis] for axis in used) == row.bytes_total
 
 

@@ -66,7 +66,12 @@ def by_hand(layout: Layout) -> Layout:
         if len(row.shape) == 3 + stacked:  # [experts, out, in]
             axes[stacked] = "expert"
         axes = [axis if layout.mesh.shape.get(axis, 1) > 1 else None for axis in axes]
-        choices = [dataclasses.replace(each, axis=axis) for each, axis in zip(row.choices, axes, strict=True)]
+        by_axis = {None: ((), None), "fsdp": (("fsdp",), "store")}
+        splits = [by_axis.get(axis, ((axis,), "pair")) for axis in axes]
+        choices = [
+            dataclasses.replace(each, axes=over, rule=rule)
+            for each, (over, rule) in zip(row.choices, splits, strict=True)
+        ]
         ways = 1
         for axis in filter(None, axes):
             ways *= layout.mesh.shape[axis]

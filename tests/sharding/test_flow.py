@@ -274,7 +274,7 @@ def test_a_parameter_is_explained_by_its_collectives_and_the_runner_up():
         ("all_reduce", ("tensor",)),
     ]
     (other,) = down.runners_up
-    assert (other.axis, other.dimension, other.instead) == ("tensor", 1, 0)
+    assert (other.axes, other.dimension, other.instead) == (("tensor",), 1, 0)
     assert other.bytes > 0
     explained = explain_flow(said, "down")
     assert "all_gather over fsdp (S(1) -> B), 4 KiB: down [64, 32] is stored over fsdp" in explained
@@ -284,7 +284,7 @@ def test_a_parameter_is_explained_by_its_collectives_and_the_runner_up():
 def test_a_stored_weight_would_be_gathered_as_well_from_its_other_dimension():
     said = flow_of(modules.MLP, HIDDEN, fsdp=4)
     (other,) = parameter_flow(said, "up").runners_up
-    assert (other.axis, other.bytes, other.conversions) == ("fsdp", 0.0, 0.0)
+    assert (other.axes, other.bytes, other.conversions) == (("fsdp",), 0.0, 0.0)
 
 
 def test_a_vector_moves_nothing():

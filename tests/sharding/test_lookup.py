@@ -1,5 +1,7 @@
 """A table whose columns are stored on different devices gives the rows and the gradient of one that is whole."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,15 +17,16 @@ from meshloom.sharding.lookup import Table, lookup
 
 ROWS, MODEL = 24, 16
 MESHES = {
-    "stored": ({"fsdp": 8}, ("fsdp", None), ()),
-    "and_split": ({"data": 2, "fsdp": 2, "tensor": 2}, (("data", "fsdp"), None), ("tensor",)),
-    "tokens_too": ({"fsdp": 2, "context": 4}, ("fsdp", "context"), ()),
+    "stored": ({"fsdp": 8}, ("fsdp", None), (), ("fsdp",)),
+    "and_split": ({"data": 2, "fsdp": 2, "tensor": 2}, (("data", "fsdp"), None), ("tensor",), ("fsdp",)),
+    "tokens_too": ({"fsdp": 2, "context": 4}, ("fsdp", "context"), (), ("fsdp",)),
+    "over_both": ({"fsdp": 2, "context": 4}, ("fsdp", "context"), (), ("fsdp", "context")),
 }
 
 
 def table_of(name: str, fill: float | None = None) -> Table:
-    axes, ids, rows = MESHES[name]
-    return Table(make_mesh(axes), PartitionSpec(*ids), rows, ("fsdp",), fill)
+    axes, ids, rows, columns = MESHES[name]
+    return Table(make_mesh(axes), PartitionSpec(*ids), rows, columns, fill)
 
 
 def rows_and_gradient(take, table, ids, dtype=jnp.float32):
@@ -46,7 +49,8 @@ def arrays(dtype=jnp.float32):
 def test_rows_are_exact_and_the_gradient_is_the_sum_over_all_devices(name, parts, monkeypatch):
     static = table_of(name)
     per_device = 32 // (8 // np.prod([static.mesh.shape[axis] for axis in static.rows], dtype=int))
-    monkeypatch.setattr(module, "ROWS_IN_FLIGHT", -(-per_device * static.mesh.shape["fsdp"] // parts))
+    storing = math.prod(static.mesh.shape[axis] for axis in static.columns)
+    monkeypatch.setattr(module, "ROWS_IN_FLIGHT", -(-per_device * storing // parts))
     table, ids = arrays()
     gradient, rows = rows_and_gradient(lambda table, ids: lookup(static, table, ids), table, ids)
     wanted, wanted_rows = rows_and_gradient(lambda table, ids: table[ids], table, ids)
@@ -66,7 +70,7 @@ def test_the_gradient_of_a_row_that_all_want_is_summed_in_float32():
 @given(st.lists(st.integers(-3, ROWS + 3), min_size=8, max_size=8), st.sampled_from([None, 0.0, float("nan")]))
 def test_ids_that_the_table_lacks_are_filled_or_the_nearest(ids, fill):
     table, ids = arrays()[0], jnp.asarray(ids)
-    axes, _, rows = MESHES["and_split"]
+    axes, _, rows, _ = MESHES["and_split"]
     static = Table(make_mesh(axes), PartitionSpec(("data", "fsdp")), rows, ("fsdp",), fill)
     found = lookup(static, table, ids)
     has = (ids >= 0) & (ids < ROWS)

@@ -74,8 +74,17 @@ def test_a_ring_sends_keys_and_values_once_a_pass_and_their_gradients_back():
     (best, *_) = plan("llama3-8b", "v5p:2x2x4", 2**17, 2**15, mesh="fsdp=4,context=4", remats=("full",))
     held = 2**15 // 4 * 2 * 8 * 128 * 2
     assert best.breakdown.bytes_by_kind["collective_permute"] == 32 * held * (3 * 3 + 4 * 2)
-    (gradients,) = (each for each in best.breakdown.collectives if each.axis == "context" and each.kind == "all_reduce")
-    assert gradients.bytes == 8_030_261_248 * 2 / 4 + 65 * 4096 * 2 * 3 / 4  # norms are whole
+    gradients = {each.axis: each.bytes for each in best.breakdown.collectives if each.purpose == "gradients"}
+    norms, looked_up = 65 * 4096, 128_256 * 4096
+    assert gradients["fsdp+context"] == (8_030_261_248 - norms - looked_up) * 2 / 16
+    assert gradients["fsdp"] == gradients["context"] == norms * 2
+
+
+def test_a_model_that_fsdp_alone_cannot_hold_is_stored_over_context_as_well():
+    """Rows of 131,072 tokens, one for each 8 chips of 15.75 GiB."""
+    best = plan("llama3-8b", "v5e:8x8", 2**20, 2**17)[0]
+    assert best.fits
+    assert best.mesh["context"] > 1
 
 
 @settings(deadline=None, max_examples=10)

@@ -188,14 +188,14 @@ def test_every_layout_is_valid_and_explained(make, axes):
     assert not layout.unknown
     assert [row.shape for row in layout.rows] == [leaf.shape for leaf in jax.tree.leaves(nnx.state(module, nnx.Param))]
     for row in layout.rows:
-        used = [choice.axis for choice in row.choices if choice.axis]
+        used = [axis for choice in row.choices for axis in choice.axes]
         assert len(used) == len(set(used)), row
-        assert set(used) <= {"fsdp", "tensor", "expert"}, row
-        assert row.spec == jax.sharding.PartitionSpec(*(choice.axis for choice in row.choices))
+        assert set(used) <= {"fsdp", "tensor", "expert", "context"}, row
+        assert row.spec == jax.sharding.PartitionSpec(*(choice.axes or None for choice in row.choices))
         for choice in row.choices:
             assert choice.reason, row
-            assert (choice.axis is None) == (choice.rule is None), row
-            assert choice.axis is None or choice.size % axes[choice.axis] == 0, row
+            assert bool(choice.axes) == (choice.rule is not None), row
+            assert choice.size % math.prod(axes[axis] for axis in choice.axes) == 0, row
         assert row.bytes_per_device * math.prod(axes[axis] for axis in used) == row.bytes_total
 
 

@@ -3,7 +3,7 @@
 Batches lie over `data`, `fsdp` and `context` and are whole over `expert` and `tensor`, as in every layout that is
 derived: each device computes what its own rows want of its own experts, and their sum over both axes is the pair rule's
 one reduction. Rows are sorted where they are, so that none is sent over the axes of the batch. Weights that are stored
-over `fsdp` arrive gathered, and their gradients leave summed over the axes of the batch and split as they are stored.
+in parts arrive gathered, and their gradients leave summed over the axes of the batch and split as they are stored.
 
 Why not an exchange of rows (`exchange.py`)? In units of what a device's rows take, the sum over n devices sends
 2 (n - 1) / n. An exchange first deals the rows out, sends k / n of a row each way and gathers the results:
@@ -20,12 +20,12 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from meshloom.core.topology import BATCH_AXES
+from meshloom.core.topology import BATCH_AXES, STORE_AXES
 from meshloom.pallas_kernels.dispatch import may_be_spread
 from meshloom.pallas_kernels.matmul.experts.local import flat
 from meshloom.pallas_kernels.matmul.qarray import QArray
 
-_STORE, _TOKENS, _EXPERT, _INNER = "fsdp", "context", "expert", "tensor"
+_TOKENS, _EXPERT, _INNER = "context", "expert", "tensor"
 
 
 def _mesh() -> AbstractMesh | None:
@@ -51,8 +51,9 @@ def _spec_of_rows(batch: tuple[str, ...], tokens: tuple[str, ...]) -> PartitionS
     return PartitionSpec(batch or None, tokens or None) if batch or tokens else PartitionSpec()
 
 
-def _with_stored(spec: PartitionSpec, dimension: int | None) -> PartitionSpec:
-    return PartitionSpec(*(_STORE if d == dimension else axis for d, axis in enumerate(spec)))
+def _scattered(spec: PartitionSpec, stored: tuple[int, tuple[str, ...]]) -> PartitionSpec:
+    dimension, axes = stored
+    return PartitionSpec(*(axes if d == dimension else axis for d, axis in enumerate(spec))) if axes else spec
 
 
 def by_rows(run: Callable[..., Any], values: Any) -> Any:
@@ -143,7 +144,7 @@ class Spread:
 
         inputs = (*[self.rows] * 3, *specs, self.kept, self.kept, self.rows)
         whole = [spec for spec, has in zip(specs, learns, strict=True) if has]
-        outputs = (self.rows, self.rows, *map(_with_stored, whole, stored))
+        outputs = (self.rows, self.rows, *map(_scattered, whole, stored))
         mapped = self._mapped(own, inputs, outputs)
         dx, d_weights, *found = mapped(x, weights, chosen, *matrices, *kept_and_out)
         rest = iter(found)
@@ -157,22 +158,29 @@ class Spread:
         axes = tuple(filter(None, (self.expert, self.inner)))
         return jax.lax.psum(summands, axes) if axes else summands
 
-    def _stored(self, matrix: Any, spec: PartitionSpec) -> int | None:
-        """The dimension over which the store rule splits a matrix over `fsdp`: the largest that is left and divides.
+    def _stored(self, matrix: Any, spec: PartitionSpec) -> tuple[int, tuple[str, ...]]:
+        """A dimension and the axes over which the store rule splits it, none if it splits no dimension: the largest
+        that is left and divides.
 
         Where the layout has another one, XLA moves the parts. Columns it may still sum whole and slice: 60 GB in a step
         of Mixtral on v5p:4x4x4 (896 for each of 16 devices, transposed or not), beside 4 for a scatter of rows.
         """
-        if _STORE not in self.batch:
-            return None
-        ways = self.mesh.shape[_STORE]
-        left = [d for d, axis in enumerate(spec) if axis is None and matrix.shape[d] % ways == 0]
-        return max(left, key=lambda d: matrix.shape[d], default=None)
+        storing = tuple(axis for axis in STORE_AXES if axis in (*self.batch, *self.tokens))
+        alone = sorted(((axis,) for axis in storing), key=self._ways, reverse=True)
+        for axes in (storing, *alone):
+            left = [d for d, axis in enumerate(spec) if axis is None and matrix.shape[d] % self._ways(axes) == 0]
+            if left:
+                return max(left, key=lambda d: matrix.shape[d]), axes
+        return 0, ()
 
-    def _sum_over_rows(self, gradient: Any, stored: int | None) -> Any:
-        over = tuple(axis for axis in (*self.batch, *self.tokens) if stored is None or axis != _STORE)
-        if stored is not None:
-            gradient = jax.lax.psum_scatter(gradient, _STORE, scatter_dimension=stored, tiled=True)
+    def _ways(self, axes: tuple[str, ...]) -> int:
+        return math.prod(self.mesh.shape[axis] for axis in axes)
+
+    def _sum_over_rows(self, gradient: Any, stored: tuple[int, tuple[str, ...]]) -> Any:
+        dimension, axes = stored
+        if axes:
+            gradient = jax.lax.psum_scatter(gradient, axes, scatter_dimension=dimension, tiled=True)
+        over = tuple(axis for axis in (*self.batch, *self.tokens) if axis not in axes)
         return jax.lax.psum(gradient, over) if over else gradient
 
     def _mapped(self, run: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:

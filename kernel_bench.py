@@ -58,7 +58,7 @@ def _comparison(target: str, folder: pathlib.Path) -> tuple[int, Iterator[Any]]:
         if (missing := compiler_missing(devices)) is not None:
             raise ConfigError(missing)
         dump_bundles(folder)  # before anything below loads the compiler
-    from meshloom.pallas_kernels.bench import attention, collective, cpu, experts, products, tokamax
+    from meshloom.pallas_kernels.bench import adapters, attention, collective, cpu, experts, products, tokamax
 
     if target == "cpu":
         return cpu.CPU_ROWS, cpu.kernels_on_cpu()
@@ -67,6 +67,7 @@ def _comparison(target: str, folder: pathlib.Path) -> tuple[int, Iterator[Any]]:
         (tokamax.TOKAMAX_ROWS, tokamax.tokamax_on_tpu),
         (products.PRODUCT_ROWS, products.products_on_tpu),
         (experts.EXPERT_ROWS, experts.experts_on_tpu),
+        (adapters.ADAPTER_ROWS, adapters.adapters_on_tpu),
         (collective.COLLECTIVE_ROWS, collective.collective_on_tpu),
     )
     found = itertools.chain.from_iterable(part(devices, folder) for _, part in parts)

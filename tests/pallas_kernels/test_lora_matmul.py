@@ -1,5 +1,6 @@
 """A product with paged adapters gives each row its own adapter and nothing of another's, in values and gradients."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,12 +9,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
 
+from meshloom.core.ahead import target_devices
 from meshloom.core.errors import MeshloomError
+from meshloom.core.topology import make_mesh, parse_devices
 from meshloom.pallas_kernels import LoraPages, lora_matmul
 from meshloom.pallas_kernels.dispatch import Target, explain
 from meshloom.pallas_kernels.matmul.cases import LORA_CASES, LoraCase
-from meshloom.pallas_kernels.matmul.lora import LORA_MATMUL, LoraSpec
+from meshloom.pallas_kernels.matmul.lora import LORA_MATMUL, LoraSpec, mosaic_tpu
+from tests.compilers import needs_tpu
 
 
 def named(name: str) -> LoraCase:
@@ -121,9 +126,105 @@ def test_any_adapters(adapters, rank):
         np.testing.assert_allclose(got, exact, rtol=1e-4, atol=1e-4)
 
 
+# -- the kernel for TPUs --
+
+
+def of_lanes(case: LoraCase) -> LoraCase:
+    """The same with features that fill whole registers, so that the kernel takes them."""
+    return dataclasses.replace(case, contracted=128, columns=384)
+
+
+# Tiles that adapters share, and one adapter over several.
+SHARED = LoraCase("tiles_shared", (3, 8, 0, 5), (0,) * 13 + (1,) * 40 + (3, -1, 2), rows=56)
+KERNEL_CASES = [
+    *(pytest.param(of_lanes(case), marks=pytest.mark.slow, id=f"{case.name}-{case.dtype}") for case in LORA_CASES),
+    *(pytest.param(of_lanes(dataclasses.replace(SHARED, dtype=dtype)), id=dtype) for dtype in ("float32", "bfloat16")),
+]
+
+
+@pytest.mark.parametrize("case", KERNEL_CASES)
+def test_the_kernel_reads_no_other_page_races_nothing_and_gives_the_same_twice(case, on_a_tpu, monkeypatch):
+    x, lora, adapters = case.arrays()
+    # Pages that nobody owns hold NaN, and so does fast memory until it is written.
+    simulated = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
+    if case.dtype == "bfloat16":
+        monkeypatch.setattr(mosaic_tpu, "_pools", in_words)
+    with pltpu.force_tpu_interpret_mode(simulated):
+        got, again = (np.asarray(lora_matmul(x, lora, adapters, implementation="mosaic_tpu")) for _ in range(2))
+    np.testing.assert_array_equal(got, again)
+    exact = np.asarray(lora_matmul(*of_float32(x, lora), adapters, implementation="reference"))
+    low = np.asarray(naive(x, lora, adapters, weight_of(case))[0])
+    got = got.astype(np.float32)
+    assert np.isfinite(got).all()
+    assert np.abs(got - exact).max() <= 2 * np.abs(low - exact).max() + 1e-5 * (1 + np.abs(exact).max())
+
+
+def in_words(lora):
+    """Pools of bfloat16 as a TPU holds them: word i of a column has page 2 i in its lower half, and the next above."""
+    return [
+        jax.lax.bitcast_convert_type(pool.reshape(-1, 2, pool.shape[1]).swapaxes(1, 2), jnp.uint32)
+        for pool in (lora.a, lora.b)
+    ]
+
+
+def of_float32(x, lora):
+    a, b = (each.astype(jnp.float32) for each in (lora.a, lora.b))
+    return x.astype(jnp.float32), LoraPages(a, b, lora.table, lora.ranks, lora.scales)
+
+
+def test_the_kernels_gradients_are_those_of_the_reference(on_a_tpu):
+    case = of_lanes(named("some_rows_have_none"))
+    with pltpu.force_tpu_interpret_mode():
+        ours = values_and_gradients(case, "mosaic_tpu")
+    for one, two in zip(ours, values_and_gradients(case, "reference"), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5 * (1 + np.abs(two).max()))
+
+
+@pytest.fixture
+def on_a_tpu():
+    """A mesh of one TPU in scope, which a simulation needs to know."""
+    mesh = make_mesh({"fsdp": 1}, jax.devices()[:1])
+    tpu = jax.sharding.AbstractDevice("TPU v5 lite", None, "tpu")
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh.update(abstract_device=tpu)):
+        yield
+
+
+@needs_tpu
+@pytest.mark.parametrize("chip", ["v5e:1x1", "v5p:1x1x1", "v6e:1x1", "tpu7x:1x1x1"])
+def test_the_kernel_compiles_and_copies_no_page_in_main_memory(chip):
+    mesh = make_mesh({"fsdp": 1}, target_devices(parse_devices(chip))[:1])
+    whole = jax.NamedSharding(mesh, jax.P())
+    case = LoraCase("served", (256, 512), (0, 1), rows=48, contracted=1024, columns=2048, pages=2048, dtype="bfloat16")
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), case.arrays())
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(lora_matmul).lower(*placed).compile()
+    assert "lora_matmul" in compiled.as_text()
+    assert "tpu_custom_call" in compiled.as_text()
+    # Rows in two orders and lists: less than half of what the pages of the two adapters take.
+    assert compiled.memory_analysis().temp_size_in_bytes < (256 + 512) * (1024 + 2048) * 2 / 2
+
+
 def test_the_table_says_why():
-    choices = explain(LORA_MATMUL, LoraSpec(0, 8, 8, 1, 1), Target())
-    assert [(row.name, row.reason is None) for row in choices] == [("by_adapter", False), ("reference", True)]
+    spec = LoraSpec(32, 4096, 4096, 8, 16, 1024, "bfloat16", "bfloat16", spread=False)
+    tpu = Target("tpu", "TPU v5 lite")
+    empty = dataclasses.replace(spec, rows=0)
+    choices = explain(LORA_MATMUL, empty, tpu)
+    assert [(row.name, row.reason is None) for row in choices] == [
+        ("mosaic_tpu", False),
+        ("by_adapter", False),
+        ("reference", True),
+    ]
+    assert mosaic_tpu.why_not(spec, tpu) is None
+    assert mosaic_tpu.why_not(spec, Target("cpu", "cpu")) == "it runs on TPUs, not on cpu"
+    for change, reason in (
+        ({"rows": 0}, "there is nothing to multiply"),
+        ({"spread": True}, "XLA cannot spread a kernel over devices; call it inside shard_map"),
+        ({"columns": 100}, "it takes features in 128s, not 4096 to 100"),
+        ({"pages": 1023}, "pages in bfloat16 are copied in pairs; here are 1023"),
+        ({"pages_dtype": "float32"}, "the pages of the same dtype; got bfloat16 and float32"),
+        ({"most_rank": 4096}, "8 rows and the pages of two adapters take more than 40 MiB of fast memory"),
+    ):
+        assert reason in str(mosaic_tpu.why_not(dataclasses.replace(spec, **change), tpu))
 
 
 def test_what_does_not_fit_is_named():

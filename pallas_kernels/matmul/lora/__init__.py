@@ -4,6 +4,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from meshloom.pallas_kernels.dispatch import Implementation, Target, select
+from meshloom.pallas_kernels.matmul.lora import mosaic_tpu
 from meshloom.pallas_kernels.matmul.lora.by_adapter import lora_matmul_by_adapter
 from meshloom.pallas_kernels.matmul.lora.reference import lora_matmul_reference
 from meshloom.pallas_kernels.matmul.lora.spec import LoraPages, LoraSpec
@@ -16,6 +17,7 @@ def _by_adapter_why_not(spec: LoraSpec, target: Target) -> str | None:
 
 
 LORA_MATMUL = (
+    Implementation("mosaic_tpu", mosaic_tpu.lora_matmul_mosaic_tpu, mosaic_tpu.why_not),
     Implementation("by_adapter", lora_matmul_by_adapter, _by_adapter_why_not),
     Implementation("reference", lora_matmul_reference, lambda spec, target: None),
 )
@@ -27,8 +29,8 @@ def lora_matmul(
 ) -> Float[Array, "M N"]:
     """What each row's adapter adds to the product of its weight: scale x A^T B^T, zero where there is no adapter.
 
-    Differentiable in x and in the pages, so that several adapters can be trained in one batch. Its two products are
-    those of `grouped_matmul`, and run where and as that does.
+    Differentiable in x and in the pages, so that several adapters can be trained in one batch: its gradients, and where
+    no kernel runs the product itself, are products of `grouped_matmul`, and run where and as that does.
 
     Args:
         lora: the adapters of this weight.

@@ -9,23 +9,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from meshloom.pallas_kernels.matmul.grouped import grouped_matmul
+from meshloom.pallas_kernels.matmul.lora.grouping import RowsByAdapter
 from meshloom.pallas_kernels.matmul.lora.spec import LoraPages
 
 
 def lora_matmul_by_adapter(x: Float[Array, "M K"], lora: LoraPages, adapters: Int[Array, "M"]) -> Float[Array, "M N"]:
     """As the reference; the narrow rows between the products are rounded to the dtype of the result."""
-    rows, count = x.shape[0], lora.table.shape[0]
-    keys = jnp.where((adapters >= 0) & (adapters < count), adapters, count).astype(jnp.int32)
-    order = jnp.argsort(keys, stable=True)
-    ordered = keys[order]
-    # Rows with no adapter come last, past all groups, where a grouped product is exactly zero.
-    asked = jnp.arange(count) if count <= rows else jnp.unique(keys, size=rows, fill_value=count)
-    ends = jnp.searchsorted(ordered, asked, side="right")
-    sizes = jnp.where(asked < count, ends - jnp.searchsorted(ordered, asked, side="left"), 0).astype(jnp.int32)
-
+    count = lora.table.shape[0]
+    rows = RowsByAdapter.of(adapters, count)
     dtype = jnp.result_type(x, lora.a, lora.b)
-    a, b = (each.astype(dtype) for each in lora.of(jnp.minimum(asked, count - 1)))
-    narrow = grouped_matmul(x[order].astype(dtype), a, sizes, transposed=True)
-    scales = lora.scales[jnp.minimum(ordered, count - 1)][:, None]
-    wide = grouped_matmul((narrow.astype(jnp.float32) * scales).astype(dtype), b, sizes)
-    return wide[jnp.argsort(order)]
+    # Rows past all groups are exactly zero in a grouped product.
+    a, b = (each.astype(dtype) for each in lora.of(jnp.minimum(rows.asked, count - 1)))
+    narrow = grouped_matmul(x[rows.order].astype(dtype), a, rows.sizes, transposed=True)
+    scales = lora.scales[jnp.minimum(rows.ordered, count - 1)][:, None]
+    wide = grouped_matmul((narrow.astype(jnp.float32) * scales).astype(dtype), b, rows.sizes)
+    return wide[jnp.argsort(rows.order)]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from meshloom.core.errors import MeshloomError
+from meshloom.pallas_kernels.dispatch import may_be_spread
 
 
 @jax.tree_util.register_dataclass
@@ -87,13 +88,22 @@ class LoraPages:
 
 @dataclasses.dataclass(frozen=True)
 class LoraSpec:
-    """What the choice of an implementation may look at."""
+    """What the choice of an implementation may look at.
+
+    Attributes:
+        dtype: of x. pages_dtype: that a and b share, or both of theirs.
+        spread: XLA may spread the arrays over devices.
+    """
 
     rows: int
     contracted: int
     columns: int
     adapters: int
     most_rank: int
+    pages: int
+    dtype: str
+    pages_dtype: str
+    spread: bool
 
     @classmethod
     def of(cls, x: Any, lora: LoraPages, adapters: Any) -> "LoraSpec":
@@ -108,4 +118,7 @@ class LoraSpec:
             raise MeshloomError(f"lora_matmul: {lora.a.shape[0]} pages of a, {lora.b.shape[0]} of b")
         if adapters.shape[0] != x.shape[0]:
             raise MeshloomError(f"lora_matmul: {adapters.shape[0]} adapters for {x.shape[0]} rows; give one for each")
-        return cls(x.shape[0], x.shape[1], lora.b.shape[1], lora.table.shape[0], lora.table.shape[1])
+        pages_dtype = " and ".join(sorted({str(lora.a.dtype), str(lora.b.dtype)}))
+        adapters_there, most_rank = lora.table.shape
+        sizes = (x.shape[0], x.shape[1], lora.b.shape[1], adapters_there, most_rank, lora.a.shape[0])
+        return cls(*sizes, str(x.dtype), pages_dtype, may_be_spread())

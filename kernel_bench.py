@@ -58,13 +58,14 @@ def _comparison(target: str, folder: pathlib.Path) -> tuple[int, Iterator[Any]]:
         if (missing := compiler_missing(devices)) is not None:
             raise ConfigError(missing)
         dump_bundles(folder)  # before anything below loads the compiler
-    from meshloom.pallas_kernels.bench import adapters, attention, collective, cpu, experts, products, tokamax
+    from meshloom.pallas_kernels.bench import adapters, attention, collective, cpu, experts, paged, products, tokamax
 
     if target == "cpu":
         return cpu.CPU_ROWS, cpu.kernels_on_cpu()
     parts = (
         (attention.ATTENTION_ROWS, attention.attention_on_tpu),
         (tokamax.TOKAMAX_ROWS, tokamax.tokamax_on_tpu),
+        (paged.PAGED_ROWS, paged.paged_on_tpu),
         (products.PRODUCT_ROWS, products.products_on_tpu),
         (experts.EXPERT_ROWS, experts.experts_on_tpu),
         (adapters.ADAPTER_ROWS, adapters.adapters_on_tpu),
@@ -82,6 +83,8 @@ def _table(target: str, rows: list[dict[str, Any]]) -> Table:
         "spills": "spills",
         "hbm": "HBM bytes over least",
         "vmem": "VMEM, MiB",
+        "page_cycles": "cycles per page",
+        "times_bytes": "times the HBM bound",
         "seconds": "seconds",
         "times_peer": "times the peer",
     }

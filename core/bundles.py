@@ -15,7 +15,7 @@ import re
 
 from meshloom.core.errors import ConfigError
 
-_LINE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:")
+_LINE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*: ?(>*)")
 _LOOP = re.compile(r"^\s*0x[0-9a-f]+\s+LB:")
 _REGION = re.compile(r"(Start|End|Start/End empty) region (\d+)")
 _REPORT = re.compile(r"const DATA =(\{.*?\});", re.DOTALL)  # in the page that libtpu writes on fast memory
@@ -32,6 +32,7 @@ class Region:
         loops: whether it is the body of a loop itself; a branch in that body is not.
         matmuls: vmatmul instructions by the dtype of their operands.
         spills, fills: vector registers written to memory for want of registers, and read back.
+        depth: loops around it, its own among them. copies: DMAs that it starts.
     """
 
     number: int
@@ -40,6 +41,8 @@ class Region:
     matmuls: dict[str, int]
     spills: int
     fills: int
+    depth: int = 0
+    copies: int = 0
 
 
 def dump_bundles(folder: str | pathlib.Path) -> None:
@@ -108,9 +111,12 @@ def regions(text: str) -> list[Region]:
             if event == "Start":
                 open_regions.append(int(number))
                 counts.setdefault(int(number), collections.Counter())
-        if _LINE.match(line):
+        if bundle := _LINE.match(line):
             count = counts[open_regions[-1]]
+            if not count["bundles"]:
+                count["depth"] = len(bundle[2])
             count["bundles"] += 1
+            count["copies"] += len(re.findall(r"= dma\.", line))
             count["loops"] += bool(_LOOP.match(line))
             count["spills"] += len(re.findall(r"vst \[vmem:\[#allocation\d+_spill", line))
             count["fills"] += len(re.findall(r"vld \[vmem:\[#allocation\d+_spill", line))
@@ -127,6 +133,8 @@ def regions(text: str) -> list[Region]:
             {key.split()[1]: value for key, value in count.items() if key.startswith("matmul ")},
             count["spills"],
             count["fills"],
+            count["depth"],
+            count["copies"],
         )
         for number, count in counts.items()
         if count["bundles"]

@@ -148,10 +148,10 @@ class Decoder(nnx.Module):
         logits = self.embed.logits(x) if self.unembed is None else self.unembed(x, jnp.float32)
         return soft_capped(logits, self.config.logit_soft_cap)
 
-    def init_cache(self, num_pages: int, page_size: int, dtype=jnp.float32, shards: int = 1) -> Cache:
+    def init_cache(self, num_pages: int, page_size: int, dtype=jnp.float32, shards: int = 1, lanes: int = 1) -> Cache:
         """An empty paged cache of `num_pages` pages of `page_size` tokens, in every layer; see `KVPages.zeros`."""
-        heads, head_dim = self.config.n_kv_heads, self.config.head_dim
-        return self.layers.init_cache(lambda: KVPages.zeros(num_pages, page_size, heads, head_dim, dtype, shards))
+        sizes = num_pages, page_size, self.config.n_kv_heads, self.config.head_dim
+        return self.layers.init_cache(lambda: KVPages.zeros(*sizes, dtype, shards, lanes))
 
     def example_inputs(self, batch: int = 8, length: int = 128) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Abstract arguments with which the module can be traced."""

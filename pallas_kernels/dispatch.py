@@ -36,11 +36,11 @@ class Target:
 _LITTLE_MEMORY = ("TPU v2", "TPU v3", "TPU v4")
 
 
-def tpu_why_not(target: Target, *, small: bool = False) -> str | None:
-    """Why a kernel for TPUs cannot run there, or None; a `small` one holds no tens of megabytes in fast memory."""
+def tpu_why_not(target: Target) -> str | None:
+    """Why a kernel for TPUs, which holds tens of megabytes in fast memory, cannot run there, or None."""
     if target.platform != "tpu":
         return f"it runs on TPUs, not on {target.platform or 'a device that no mesh in scope names'}"
-    if not small and str(target.device_kind).startswith(_LITTLE_MEMORY):
+    if str(target.device_kind).startswith(_LITTLE_MEMORY):
         return f"{target.device_kind} has too little fast memory"
     return None
 

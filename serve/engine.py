@@ -15,7 +15,9 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
 
+import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from meshloom.core.compile import compile_count
 from meshloom.core.errors import MeshloomError, ModelError, RequestError
@@ -81,7 +83,9 @@ class Engine:
         self._quiet = quiet
         started = time.perf_counter()
         dtype = jnp.dtype(lm.module.embed.weight.dtype if config.cache_dtype == "model" else config.cache_dtype)
-        self.cache = size_cache(lm.config, config, dtype)
+        weights = jax.tree.leaves(nnx.state(lm.module, nnx.Param))
+        device = next(iter(weights[0].devices())) if lm.mesh is None else lm.mesh.devices.flat[0]
+        self.cache = size_cache(lm.config, config, dtype, device.platform)
         shapes = step_shapes(config, self.cache.pages_per_sequence)
         self._runner = Runner(
             lm.module,
@@ -89,6 +93,7 @@ class Engine:
             num_pages=self.cache.num_pages,
             page_size=config.page_size,
             cache_dtype=dtype,
+            cache_lanes=self.cache.lanes,
             mesh=lm.mesh,
             kv_heads_axis=None if lm.mesh is None else derive(lm.module, lm.mesh).kv_heads_spec,
         )

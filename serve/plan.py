@@ -96,7 +96,7 @@ def lowered_steps(
         kv_dtype=candidate.kv_dtype,
     )
     dtype = jnp.dtype(sizes.cache_dtype)
-    cache = size_cache(config, sizes, dtype)
+    cache = size_cache(config, sizes, dtype, mesh.devices.flat[0].platform)
     shapes = {shape.tokens: shape for shape in step_shapes(sizes, cache.pages_per_sequence)}
     runner = Runner(
         module,
@@ -104,6 +104,7 @@ def lowered_steps(
         num_pages=cache.num_pages,
         page_size=sizes.page_size,
         cache_dtype=dtype,
+        cache_lanes=cache.lanes,
         mesh=mesh,
         kv_heads_axis=layout.kv_heads_spec,
     )

@@ -26,9 +26,9 @@ class Runner:
 
     Args:
         module: a decoder with `__call__(tokens, layout, cache, rows)` and `init_cache(num_pages, page_size, dtype,
-            shards)`; abstract weights are enough to `lower`.
+            shards, lanes)`; abstract weights are enough to `lower`.
         shapes: the step shapes to compile, ascending in tokens.
-        num_pages, page_size, cache_dtype: the cache.
+        num_pages, page_size, cache_dtype, cache_lanes: the cache, see `KVPages.zeros`.
         mesh, kv_heads_axis: devices the weights lie on, and the mesh axis that splits kv heads; None on one device.
     """
 
@@ -40,6 +40,7 @@ class Runner:
         num_pages: int,
         page_size: int,
         cache_dtype: jnp.dtype,
+        cache_lanes: int,
         mesh: Mesh | None = None,
         kv_heads_axis: str | None = None,
     ):
@@ -48,7 +49,7 @@ class Runner:
         self._leaves, self._treedef = jax.tree.flatten(state)
         self._cache_treedef: jax.tree_util.PyTreeDef | None = None
         shards = 1 if mesh is None or kv_heads_axis is None else mesh.shape[kv_heads_axis]
-        self._make_cache = lambda: self._flat(module.init_cache(num_pages, page_size, cache_dtype, shards))
+        self._make_cache = lambda: self._flat(module.init_cache(num_pages, page_size, cache_dtype, shards, cache_lanes))
         self._mesh, self._kv_heads_axis = mesh, kv_heads_axis
         self._programs: dict[int, Callable] = {}
         self._cache: list[Array] = []

@@ -17,7 +17,7 @@ class PagedCase:
         lengths: of each sequence after the step. counts: rows of each in this step.
         padding: rows after the last, and padding sequences.
         unwritten: what is in the slots that no token was written to.
-        shards: devices that kv heads are split over.
+        shards: devices that kv heads are split over. lanes: of the cache, see KVPages.zeros.
     """
 
     lengths: tuple[int, ...]
@@ -32,6 +32,7 @@ class PagedCase:
     unwritten: float = 7.0
     seed: int = 0
     shards: int = 1
+    lanes: int = 1
 
     def step(self) -> tuple[jax.Array, jax.Array, jax.Array, KVPages, Ragged]:
         """q, k, v of the step's rows, the cache with all earlier tokens, and the step."""
@@ -41,7 +42,7 @@ class PagedCase:
         table = rng.permutation(slots * width + 3)[: slots * width].reshape(slots, width).astype(np.int32)
         before = tuple(n - c for n, c in zip(self.lengths, self.counts, strict=True))
         sizes = (self.page_size, self.kv_heads, self.head_dim)
-        pages = KVPages.zeros(slots * width + 3, *sizes, self.element, self.shards)
+        pages = KVPages.zeros(slots * width + 3, *sizes, self.element, self.shards, self.lanes)
         if self.element in ("float32", "bfloat16"):
             pages = jax.tree.map(lambda x: x + self.unwritten, pages)
         if sum(before):

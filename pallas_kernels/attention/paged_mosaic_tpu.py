@@ -7,8 +7,12 @@ in while one is computed. Keys are never gathered, copied or transposed in HBM: 
 Decode multiplies all query heads with all rows of a block, heads interleaved as they lie, and masks what belongs to
 another kv head. That wastes K - 1 of K scores and nothing that counts: a key row enters the MXU once either way, and no
 head has to be picked out of packed rows. With 32 query heads, 8 kv heads of 128 and bfloat16, a step over 256 tokens is
-about 700 bundles on v5e, whose memory takes 1,900 cycles for the bytes. Prefill picks heads by strided loads from a
-float32 copy of the block in VMEM, once per block.
+about 750 bundles on v5e, whose memory takes 1,900 cycles for the bytes.
+
+Prefill takes a tile of rows, head by head: the rows of all query heads of a kv head are one operand. Queries and the
+keys of a block are written as 32-bit words once, of which loads with a stride give the rows of one head
+(paged_rows.py). A block on the diagonal is multiplied by half or whole and masked, blocks before it are not. Few rows
+are a strip, a quarter of a tile or less.
 
 On a mesh every device runs it on its own heads, query heads beside the kv heads that they read, and on all rows.
 Nothing is summed over devices.
@@ -34,6 +38,7 @@ from jaxtyping import Array, Float
 
 from meshloom.pallas_kernels.attention.kernel import MASKED
 from meshloom.pallas_kernels.attention.paged import PagedScoring
+from meshloom.pallas_kernels.attention.paged_rows import HeadRows
 from meshloom.pallas_kernels.attention.paged_schedule import (
     FIRST,
     LANES,
@@ -52,14 +57,17 @@ from meshloom.pallas_kernels.attention.spec import PagedSpec
 from meshloom.pallas_kernels.dispatch import Target, may_be_spread, tpu_why_not
 
 _HEADS = "tensor"
+_VMEM_LIMIT = 56 * 2**20
 _LOG2E = math.log2(math.e)
 
 
-def _capped(raw, sizes: Sizes):
-    """Scores times log2(e), from products."""
+def _scaled(raw, sizes: Sizes):
+    """(scores, factor) of products: exponentials of base 2 want scores times factor."""
+    if sizes.soft_cap is None and sizes.scale > 0:
+        return raw, sizes.scale * _LOG2E
     if sizes.soft_cap is None:
-        return raw * (sizes.scale * _LOG2E)
-    return jnp.tanh(raw * (sizes.scale / sizes.soft_cap)) * (sizes.soft_cap * _LOG2E)
+        return raw * (sizes.scale * _LOG2E), 1.0
+    return jnp.tanh(raw * (sizes.scale / sizes.soft_cap)) * (sizes.soft_cap * _LOG2E), 1.0
 
 
 def _lane_sums(p):
@@ -71,32 +79,48 @@ def _elements(x, sizes: Sizes):
     return pltpu.bitcast(x, jnp.float8_e4m3fn) if sizes.element == "float8_e4m3fn" else x
 
 
-def _kernel(sizes: Sizes, has_sinks: bool, item, total, *arrays):
-    refs: list[Any] = list(arrays)
-    table_hbm, q_hbm, k_hbm, v_hbm = refs[:4]
-    del refs[:4]
-    scales = [refs.pop(0) for _ in range(2 * sizes.scaled)]
-    head_bias, token_of = refs.pop(0), refs.pop(0)
-    sinks, sink_rows = (refs.pop(0), refs.pop(0)) if has_sinks else (None, None)
-    out_hbm = refs.pop(0)
-    k_buf, v_buf = refs.pop(0), refs.pop(0)
-    scale_bufs = [refs.pop(0) for _ in range(2 * sizes.scaled)]
-    q_buf, out_buf, q_rows, top_ref, norm_ref, acc_ref, k_wide, v_wide, table_rows = refs[:9]
-    page_sems, q_sems, out_sem, table_sems = refs[9:]
+def _products(q, k):
+    return jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
-    tile, group, lanes = sizes.tile, sizes.group, LANES
+
+def _kernel(sizes: Sizes, has_sinks: bool, item, total, *arrays):
+    refs = list(arrays)
+
+    def take(count):
+        taken = refs[:count]
+        del refs[:count]
+        return taken
+
+    stored = 1 if sizes.joined else 2
+    table_hbm, q_hbm = take(2)
+    rows_hbm, scales = take(stored), take(2 * sizes.scaled)
+    head_bias, token_of, row_less_lane = take(3)
+    sinks, sink_rows = take(2) if has_sinks else (None, None)
+    (out_hbm,) = take(1)
+    row_bufs, scale_bufs = take(stored), take(2 * sizes.scaled)
+    q_buf, out_buf, q_rows, top_ref, norm_ref, acc_ref, q_spread = take(7)
+    spread = take(stored)
+    table_rows, page_sems, q_sems, out_sem, table_sems = refs
+
+    tile, strip, group, lanes, block = sizes.tile, sizes.strip, sizes.group, LANES, sizes.block
     dtype = q_buf.dtype
-    copies = [(k_hbm, k_buf, 0), (v_hbm, v_buf, 0)]
+    v_buf = row_bufs[-1]
+    copies = [(source, buffer, 0) for source, buffer in zip(rows_hbm, row_bufs, strict=True)]
     copies += [(source, buffer, 1) for source, buffer in zip(scales, scale_bufs, strict=True)]
     table = TableRows(sizes, item, table_hbm, table_rows, table_sems)
     blocks = BlockCopies(sizes, item, table, copies, page_sems)
 
     def rows_of(i, act):
-        """Does `act(rows)` with the static number of rows that item i moves: one, or a tile."""
+        """Does `act(rows)` with the static number of rows that item i moves: one, a strip or a tile."""
         if tile == 1:
             return act(1)
-        pl.when(item[USED, i] == 1)(lambda: act(1))
-        pl.when(item[USED, i] > 1)(lambda: act(tile))
+        used = item[USED, i]
+        pl.when(used == 1)(lambda: act(1))
+        if tile > strip:
+            pl.when((used > 1) & (used <= strip))(lambda: act(strip))
+            pl.when(used > strip)(lambda: act(tile))
+        else:
+            pl.when(used > 1)(lambda: act(tile))
         return None
 
     def q_copy(i, rows):
@@ -107,19 +131,26 @@ def _kernel(sizes: Sizes, has_sinks: bool, item, total, *arrays):
         return pltpu.make_async_copy(out_buf.at[pl.ds(0, rows)], out_hbm.at[pl.ds(item[ROW, i], rows)], out_sem)
 
     def silence_tail(i, j, slot):
-        """Zeros for the values past the end: what a freed page held, even NaN, would survive a weight of zero."""
+        """Zeros for the values past the end: what a freed page held, even NaN, would survive a weight of zero.
 
-        @pl.when((j + 1) * sizes.block > item[LENGTH, i])
+        Of the last page alone: those behind it are zeros from the start, or what was silenced before.
+        """
+        length = item[LENGTH, i] - j * block
+
+        @pl.when(length < block)
         def _():
-            rows = jax.lax.broadcasted_iota(jnp.int32, v_buf.shape[1:], 0)
-            kept = rows < (item[LENGTH, i] - j * sizes.block) * sizes.kv_heads
-            values = v_buf[slot]
-            if values.dtype.itemsize < 4:
-                values = values.astype(jnp.float32 if values.dtype == jnp.bfloat16 else jnp.int32)
-            v_buf[slot] = jnp.where(kept, values, 0).astype(v_buf.dtype)
+            if sizes.element != "int8":
+                at = (length - 1) // sizes.page_size * sizes.page_rows // sizes.whole_rows * sizes.whole_rows
+                where = pl.ds(pl.multiple_of(at, sizes.whole_rows), sizes.whole_rows)
+                values = v_buf[slot, where]
+                rows = jax.lax.broadcasted_iota(jnp.int32, values.shape, 0) + at
+                wide = values.astype(jnp.int32 if values.dtype == jnp.uint8 else jnp.float32)
+                v_buf[slot, where] = jnp.where(rows < length * sizes.kv_heads, wide, 0).astype(v_buf.dtype)
             for buffer in scale_bufs:
-                kept_tokens = token_of[...] < item[LENGTH, i] - j * sizes.block
-                buffer[slot] = jnp.where(kept_tokens, buffer[slot], 0.0)
+                for at in range(0, sizes.block_rows, token_of.shape[1]):
+                    columns = slice(at, at + token_of.shape[1])
+                    kept = token_of[...] < length - at // sizes.kv_heads
+                    buffer[slot, :, columns] = jnp.where(kept, buffer[slot, :, columns], 0.0)
 
     def walk(i, slot, visit, carry):
         """Folds `visit(j, slot, carry)` over the key blocks of item i; prefetches across items."""
@@ -149,30 +180,40 @@ def _kernel(sizes: Sizes, has_sinks: bool, item, total, *arrays):
         q = q_buf[i % 2, 0]
         heads = sizes.heads
         if sinks is not None:
-            top = sinks[...][:, :1] * _LOG2E
+            top = sinks[...][:, :1]
             norm = (jax.lax.broadcasted_iota(jnp.int32, (heads, lanes), 1) == 0).astype(jnp.float32)
         else:
             top, norm = jnp.full((heads, 1), MASKED, jnp.float32), jnp.zeros((heads, lanes), jnp.float32)
+        at_once = sizes.decode_tokens
+        step_rows = at_once * sizes.kv_heads
 
-        def visit(j, slot, carry):
+        def some(j, slot, s, carry):
             top, norm, acc = carry
-            k, v = (_elements(x[slot], sizes).astype(dtype) for x in (k_buf, v_buf))
-            raw = jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+            rows = pl.ds(pl.multiple_of(s * step_rows, step_rows), step_rows)
+            k, *v = (_elements(x[slot, rows], sizes).astype(dtype) for x in row_bufs)
+            raw = _products(q, k)
             if scale_bufs:
-                raw = raw * scale_bufs[0][slot]
-            distance = item[POSITION, i] - j * sizes.block - token_of[...]
+                raw = raw * scale_bufs[0][slot, :, rows]
+            distance = item[POSITION, i] - j * block - s * at_once - token_of[...]
             allowed = distance >= 0 if sizes.window is None else (distance >= 0) & (distance < sizes.window)
-            scores = jnp.where(allowed, _capped(raw, sizes) + head_bias[...], MASKED)
+            scores, factor = _scaled(raw, sizes)
+            scores = jnp.where(allowed, scores + head_bias[...], MASKED)
             new_top = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
-            p = jnp.exp2(scores - new_top)
-            keep = jnp.exp2(top - new_top)
+            p = jnp.exp2((scores - new_top) * factor)
+            keep = jnp.exp2((top - new_top) * factor)
             norm = norm * keep + _lane_sums(p)
             if scale_bufs:
-                p = p * scale_bufs[1][slot]
-            acc = acc * keep + jnp.dot(p.astype(dtype), v, preferred_element_type=jnp.float32)
+                p = p * scale_bufs[1][slot, :, rows]
+            acc = acc * keep + jnp.dot(p.astype(dtype), *v or [k], preferred_element_type=jnp.float32)
             return new_top, norm, acc
 
-        acc = jnp.zeros((heads, sizes.head_dim), jnp.float32)
+        def visit(j, slot, carry):
+            if at_once == block:
+                return some(j, slot, 0, carry)
+            there = pl.cdiv(jnp.minimum(item[LENGTH, i] - j * block, block), at_once)
+            return jax.lax.fori_loop(0, there, lambda s, carry: some(j, slot, s, carry), carry)
+
+        acc = jnp.zeros((heads, sizes.width), jnp.float32)
         slot, (top, norm, acc) = walk(i, slot, visit, (top, norm, acc))
         settle(i)
         out_buf[0] = (acc / jnp.sum(norm, axis=1, keepdims=True)).astype(dtype)
@@ -180,67 +221,143 @@ def _kernel(sizes: Sizes, has_sinks: bool, item, total, *arrays):
         return slot
 
     def prefill(i, slot):
-        tall = tile * group
-        for h in range(sizes.kv_heads):
-            rows = q_buf[i % 2, :, h * group : (h + 1) * group, :]
-            if dtype == jnp.bfloat16 and group % 2:
-                rows = rows.astype(jnp.float32)
-            q_rows[h] = rows.reshape(tall, sizes.head_dim).astype(dtype)
-            if sink_rows is not None:
-                top_ref[h] = jnp.broadcast_to(sink_rows[h] * _LOG2E, (tall, lanes))
-                norm_ref[h] = (jax.lax.broadcasted_iota(jnp.int32, (tall, lanes), 1) == 0).astype(jnp.float32)
-            else:
-                top_ref[h] = jnp.full((tall, lanes), MASKED, jnp.float32)
-                norm_ref[h] = jnp.zeros((tall, lanes), jnp.float32)
-            acc_ref[h] = jnp.zeros((tall, sizes.head_dim), jnp.float32)
+        tall, few = tile * group, strip * group
+        queries = HeadRows(q_spread, sizes.heads, dtype)
+        by_head = [HeadRows(scratch, sizes.kv_heads, dtype) for scratch in spread]
+        whole_tile = item[USED, i] > strip if tile > strip else jnp.bool_(False)
+        position = item[POSITION, i]
 
-        def widen(slot):
-            """The block in float32, dequantized."""
-            for buffer, wide, scale in zip((k_buf, v_buf), (k_wide, v_wide), scale_bufs or (None, None), strict=True):
-                for at in range(0, sizes.block_rows, lanes):
-                    rows = _elements(buffer[slot, at : at + lanes], sizes).astype(jnp.float32)
-                    if scale is not None:
-                        row = jnp.broadcast_to(scale[slot, :, at : at + lanes], (8, lanes))
-                        rows = rows * row.T[:, :1]
-                    for piece in range(wide.shape[0]):
-                        wide[piece, at : at + lanes] = rows[:, piece * lanes : piece * lanes + wide.shape[2]]
-
-        def pick(wide, h):
-            """Rows of one kv head; strided loads take 128 lanes at a time."""
-            rows = pl.ds(h, sizes.block, stride=sizes.kv_heads)
-            return jnp.concatenate([wide.at[piece][rows, :] for piece in range(wide.shape[0])], axis=1).astype(dtype)
-
-        def visit(j, slot, carry):
-            widen(slot)
-            token = jax.lax.broadcasted_iota(jnp.int32, (tall, sizes.block), 0) // group
-            key = jax.lax.broadcasted_iota(jnp.int32, (tall, sizes.block), 1)
-            distance = token - key + (item[POSITION, i] - j * sizes.block)
-            allowed = distance >= 0 if sizes.window is None else (distance >= 0) & (distance < sizes.window)
+        def begin(strips):
+            """Rows of a tile head by head: strip by strip, and in a strip query head by query head."""
+            for at in range(0, strips * strip, strip):
+                rows = q_buf[i % 2, at : at + strip].reshape(strip * sizes.heads, sizes.width)
+                queries.put_all(rows, at * sizes.heads)
 
             def head(h, _):
-                k, v = pick(k_wide, h), pick(v_wide, h)
-                q = q_rows[h]
-                raw = jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-                scores = jnp.where(allowed, _capped(raw, sizes), MASKED)
-                top = top_ref[h][:, :1]
-                new_top = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
-                # A row before the window of the tile's later rows may have met no key yet: exp2(0) would count.
-                p = jnp.where(allowed, jnp.exp2(scores - new_top), 0.0)
-                keep = jnp.exp2(top - new_top)
-                norm_ref[h] = norm_ref[h] * keep + _lane_sums(p)
-                acc_ref[h] = acc_ref[h] * keep + jnp.dot(p.astype(dtype), v, preferred_element_type=jnp.float32)
-                top_ref[h] = jnp.broadcast_to(new_top, (tall, lanes))
+                for at in range(0, strips * strip, strip):
+                    for g in range(group):
+                        row = at * group + g * strip
+                        q_rows[h, row : row + strip] = queries.head(h * group + g, strip, at)
+                rows = slice(0, strips * few)
+                acc_ref[h, rows] = jnp.zeros((strips * few, sizes.width), jnp.float32)
+                if sink_rows is not None:
+                    top_ref[h, rows] = jnp.broadcast_to(sink_rows[h, rows], (strips * few, lanes))
+                    first = jax.lax.broadcasted_iota(jnp.int32, (strips * few, lanes), 1) == 0
+                    norm_ref[h, rows] = first.astype(jnp.float32)
+                else:
+                    top_ref[h, rows] = jnp.full((strips * few, lanes), MASKED, jnp.float32)
+                    norm_ref[h, rows] = jnp.zeros((strips * few, lanes), jnp.float32)
 
             jax.lax.fori_loop(0, sizes.kv_heads, head, None)
+
+        def spread_heads(slot):
+            """The block in a form of which rows of one head can be loaded, dequantized."""
+            for number, (buffer, rows_of_heads) in enumerate(zip(row_bufs, by_head, strict=True)):
+                for at in range(0, sizes.block_rows, lanes):
+                    rows = _elements(buffer[slot, at : at + lanes], sizes)
+                    if scale_bufs:
+                        columns = [
+                            jnp.broadcast_to(scale[slot, :, at : at + lanes], (8, lanes)).T[:, :1]
+                            for scale in (scale_bufs if sizes.joined else [scale_bufs[number]])
+                        ]
+                        if sizes.joined:
+                            lane = jax.lax.broadcasted_iota(jnp.int32, rows.shape, 1)
+                            columns = [jnp.where(lane < sizes.head_dim, *columns)]
+                        rows = rows.astype(jnp.float32) * columns[0]
+                    rows_of_heads.put_all(rows, at)
+
+        def attend(h, rows, keys, masked_from, offset, start=0):
+            """Rows of kv head h, up to `rows`, over `keys` keys of the block from `start` on, some of them masked. The
+            first row's own key is `offset` keys after the block's first.
+            """
+            k, *v = (x.head(h, keys, start) for x in by_head)
+            scores, factor = _scaled(_products(q_rows[h, :rows], k), sizes)
+            if masked_from < keys:
+                masked = [scores[:, :masked_from]] if masked_from else []
+                for at in range(masked_from, keys, lanes):
+                    distance = row_less_lane[:rows] + (offset - start - at)
+                    allowed = distance >= 0
+                    if sizes.window is not None:
+                        allowed &= distance < sizes.window
+                    masked.append(jnp.where(allowed, scores[:, at : at + lanes], MASKED))
+                scores = jnp.concatenate(masked, axis=1)
+            top = top_ref[h, :rows]
+            new_top = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
+            # Weights of a row that meets no key here are wiped by its first key, which every row meets in the end.
+            p = jnp.exp2((scores - jnp.concatenate([new_top] * (keys // lanes), axis=1)) * factor)
+            keep = jnp.exp2((top - new_top) * factor)
+            norm_ref[h, :rows] = norm_ref[h, :rows] * keep + _lane_sums(p)
+            sums = jnp.dot(p.astype(dtype), *v or [k], preferred_element_type=jnp.float32)
+            kept = acc_ref[h, :rows] * (keep if sizes.width == lanes else keep[:, :1])
+            acc_ref[h, :rows] = kept + sums
+            top_ref[h, :rows] = new_top
+
+        def visit(j, slot, carry):
+            offset = position - j * block
+            spread_heads(slot)
+
+            def heads(*how):
+                jax.lax.fori_loop(0, sizes.kv_heads, lambda h, _: attend(h, *how), None)
+
+            def tile_over(keys, before):
+                """All rows over the first keys of the block, of which more than `before` are read."""
+                masked_from = max(0, before - tile) // lanes * lanes if sizes.window is None else 0
+                return lambda: heads(tall, keys, masked_from, offset)
+
+            if tile > strip:
+                plain = offset + 1 >= block
+                if sizes.window is not None:
+                    plain &= offset + tile <= sizes.window
+                pl.when(whole_tile & plain)(lambda: heads(tall, block, block, offset))
+                before = 0
+                for keys in sizes.widths:
+                    here = (
+                        (offset + tile > before)
+                        if keys == block
+                        else (offset + tile > before) & (offset + tile <= keys)
+                    )
+                    pl.when(whole_tile & ~plain & here)(tile_over(keys, before))
+                    before = keys
+
+            @pl.when(~whole_tile)
+            def _():
+                at_once = sizes.widths[0]
+                there = pl.cdiv(jnp.minimum(offset + strip, block), at_once)
+
+                def part(s, _):
+                    heads(few, at_once, 0, offset, pl.multiple_of(s * at_once, at_once))
+
+                jax.lax.fori_loop(0, there, part, None)
+
             return carry
 
+        def end(strips):
+            used = sizes.kv_heads * group
+            for at in range(0, strips * strip, strip):
+
+                def rows_of_head(n, at=at):
+                    h, row = n // group, at * group + n % group * strip
+                    norm = jnp.sum(norm_ref[h, row : row + strip], axis=1, keepdims=True)
+                    inverse = pltpu.reciprocal(norm, approx=True)
+                    # One step of Newton's doubles the bits that are right.
+                    return acc_ref[h, row : row + strip] * (inverse * (2.0 - norm * inverse))
+
+                for n in range(0, used, 2):
+                    first = rows_of_head(n)
+                    queries.put_two(n, first, rows_of_head(n + 1) if n + 1 < used else first, at)
+                rows = queries.all(strip, at)
+                out_buf[at : at + strip] = rows.reshape(strip, sizes.heads, sizes.width).astype(dtype)
+
+        def by_size(act):
+            if tile > strip:
+                pl.when(whole_tile)(lambda: act(tile // strip))
+            pl.when(~whole_tile)(lambda: act(1))
+
+        by_size(begin)
         slot, _ = walk(i, slot, visit, 0)
         settle(i)
-        for h in range(sizes.kv_heads):
-            norm = jnp.sum(norm_ref[h], axis=1, keepdims=True)
-            rows = acc_ref[h] / jnp.where(norm == 0, 1.0, norm)
-            out_buf[:, h * group : (h + 1) * group, :] = rows.reshape(tile, group, sizes.head_dim).astype(dtype)
-        out_copy(i, tile).start()
+        by_size(end)
+        rows_of(i, lambda rows: out_copy(i, rows).start())
         return slot
 
     def run(i, slot):
@@ -251,11 +368,18 @@ def _kernel(sizes: Sizes, has_sinks: bool, item, total, *arrays):
             return decode(i, slot)
         return jax.lax.cond(item[USED, i] == 1, decode, prefill, i, slot)
 
+    def clear():
+        """No weight of zero meets what memory held before."""
+        for at in range(0, sizes.block_rows, sizes.whole_rows):
+            for slot in range(2):
+                v_buf[slot, at : at + sizes.whole_rows] = jnp.zeros((sizes.whole_rows, sizes.width), v_buf.dtype)
+
     @pl.when(total[0] > 0)
     def _():
         table.start(0)
         pl.when(total[0] > 1)(lambda: table.start(1))
         rows_of(0, lambda rows: q_copy(0, rows).start())
+        clear()
         table.wait(0)
         blocks.start(0, item[FIRST, 0], 0)
         jax.lax.fori_loop(0, total[0], run, 0)
@@ -294,37 +418,39 @@ def _attend(
 ) -> Float[Array, "T N H"]:
     """On one device: all that it has of the heads."""
     rows, heads, head_dim = q.shape
-    sizes = Sizes.of(q.shape, pages, ragged, scoring)
+    sizes = Sizes.of(q, pages, ragged, scoring)
     items, total = items_of(ragged, rows, sizes)
-    tall, block_rows = sizes.tile * sizes.group, sizes.block_rows
-    column = jnp.arange(block_rows, dtype=jnp.int32)
-    same_head = jnp.arange(heads)[:, None] // sizes.group == column % sizes.kv_heads
+    tall, block_rows, width = sizes.tile * sizes.group, sizes.block_rows, sizes.width
+    column = jnp.arange(sizes.decode_tokens * sizes.kv_heads, dtype=jnp.int32)
+    same_head = jnp.arange(sizes.heads)[:, None] // sizes.group == column % sizes.kv_heads
+    strip_row = jnp.arange(tall, dtype=jnp.int32)
+    row_token = strip_row // (sizes.strip * sizes.group) * sizes.strip + strip_row % sizes.strip
     table = jnp.pad(ragged.page_table, ((0, 0), (0, -ragged.capacity % LANES)))[:, None]
-    inputs = [table, jnp.pad(q, ((0, sizes.tile), (0, 0), (0, 0)))]
-    held = [pages.k, pages.v, *([pages.k_scale, pages.v_scale] if sizes.scaled else [])]
+    inputs = [table, jnp.pad(q, ((0, sizes.tile), (0, sizes.heads - heads), (0, width - head_dim)))]
+    stored = [pages.k] if sizes.joined else [pages.k, pages.v]
+    held = [*stored, *([pages.k_scale, pages.v_scale] if sizes.scaled else [])]
     inputs += [x.reshape(x.shape[0], *x.shape[2:]) for x in held]
     spaces: list[Any] = [pl.ANY] * len(inputs)
     inputs += [jnp.where(same_head, 0.0, MASKED), (column // sizes.kv_heads)[None]]
+    inputs += [row_token[:, None] - jnp.arange(LANES, dtype=jnp.int32)]
     if sinks is not None:
-        sinks = sinks.astype(jnp.float32)
-        by_row = jnp.tile(sinks.reshape(sizes.kv_heads, 1, sizes.group), (1, sizes.tile, 1))
-        inputs += [sinks[:, None], by_row.reshape(sizes.kv_heads, tall, 1)]
+        # In units of the scores that the kernel compares.
+        scores = sinks.astype(jnp.float32) * (_LOG2E / _scaled(jnp.zeros(()), sizes)[1])
+        by_row = jnp.tile(jnp.repeat(scores.reshape(sizes.kv_heads, sizes.group), sizes.strip, 1), (1, sizes.strips))
+        inputs += [jnp.pad(scores, (0, sizes.heads - heads))[:, None], by_row[:, :, None]]
     spaces += [pltpu.VMEM] * (len(inputs) - len(spaces))
-    kv_buffer = pltpu.VMEM((2, block_rows, head_dim), pages.k.dtype)
     row_sums = pltpu.VMEM((sizes.kv_heads, tall, LANES), jnp.float32)
-    wide = pltpu.VMEM((max(head_dim // LANES, 1), block_rows, min(head_dim, LANES)), jnp.float32)
     scratch = [
-        kv_buffer,
-        kv_buffer,
+        *[pltpu.VMEM((2, block_rows, width), pages.k.dtype)] * len(stored),
         *[pltpu.VMEM((2, 1, block_rows), jnp.float32)] * (2 * sizes.scaled),
-        pltpu.VMEM((2, sizes.tile, heads, head_dim), q.dtype),
-        pltpu.VMEM((sizes.tile, heads, head_dim), q.dtype),
-        pltpu.VMEM((sizes.kv_heads, tall, head_dim), q.dtype),
+        pltpu.VMEM((2, sizes.tile, sizes.heads, width), q.dtype),
+        pltpu.VMEM((sizes.tile, sizes.heads, width), q.dtype),
+        pltpu.VMEM((sizes.kv_heads, tall, width), q.dtype),
         row_sums,
         row_sums,
-        pltpu.VMEM((sizes.kv_heads, tall, head_dim), jnp.float32),
-        wide,
-        wide,
+        pltpu.VMEM((sizes.kv_heads, tall, width), jnp.float32),
+        HeadRows.shape(sizes.tile, sizes.heads, width, q.dtype, q.dtype),
+        *[HeadRows.shape(sizes.block, sizes.kv_heads, width, pages.k.dtype, q.dtype)] * len(stored),
         pltpu.SMEM((3, 1, table.shape[2]), jnp.int32),
         pltpu.SemaphoreType.DMA((2,)),
         pltpu.SemaphoreType.DMA((2,)),
@@ -341,18 +467,19 @@ def _attend(
             out_specs=pl.BlockSpec(memory_space=pl.ANY),
             scratch_shapes=scratch,
         ),
-        out_shape=jax.ShapeDtypeStruct((rows + sizes.tile, heads, head_dim), q.dtype, manual_axis_type=varying),
+        out_shape=jax.ShapeDtypeStruct((rows + sizes.tile, sizes.heads, width), q.dtype, manual_axis_type=varying),
         # Page numbers are the caller's word, here as in `chunked`; checking each copy takes 20 of 40 bundles.
-        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
+        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True, vmem_limit_bytes=_VMEM_LIMIT),
         name="paged_attention",
     )(items, total, *inputs)
+    out = out[:rows, :heads, head_dim : 2 * head_dim] if sizes.joined else out[:rows, :heads, :head_dim]
     # Nothing has written the rows of no sequence.
-    return jnp.where((jnp.arange(rows) < ragged.total)[:, None, None], out[:rows], 0)
+    return jnp.where((jnp.arange(rows) < ragged.total)[:, None, None], out, 0)
 
 
 def why_not(spec: PagedSpec, target: Target) -> str | None:
     """Why this kernel cannot run a call, or None."""
-    if reason := tpu_why_not(target, small=True):
+    if reason := tpu_why_not(target):
         return reason
     mesh = jax.sharding.get_abstract_mesh()
     if may_be_spread() and mesh.manual_axes:
@@ -360,9 +487,6 @@ def why_not(spec: PagedSpec, target: Target) -> str | None:
     shards, devices = spec.pages_shape[1], mesh.shape.get(_HEADS, 1) if may_be_spread() else 1
     if shards != devices:
         return f"the cache's kv heads are in {shards} shard(s), for {devices} device(s) of the {_HEADS} axis"
-    head_dim = spec.q_shape[-1]
-    if head_dim > LANES and head_dim % LANES:
-        return f"rows of head dim {head_dim} are no whole vectors of {LANES} lanes"
     if spec.distance_bias:
         return "a bias by distance needs a gather per score"
     if spec.element == "int4":

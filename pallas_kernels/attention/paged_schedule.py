@@ -7,6 +7,7 @@ Shape legend: see paged_mosaic_tpu.py.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,22 +19,38 @@ from meshloom.pallas_kernels.attention.paged import PagedScoring
 from meshloom.pallas_kernels.attention.pages import KVPages, Ragged
 
 LANES = 128
-# Rows of a tile of prefill, over the heads of one kv head.
-_TILE_ROWS = 256
-# Rows of a block: 2 x 2 buffers of bfloat16 [2048, 128] are 2 MiB of VMEM.
-_BLOCK_ROWS = 2048
+_SUBLANES = 16  # rows of a tile of bfloat16, a multiple of those of float32
+# Queries of a strip, those of one kv head, and strips of a tile: items are one row, a strip of rows or a tile.
+_STRIP_ROWS = 256
+_STRIPS = 4
+_TILE_BYTES = 2 * 2**20  # of the queries of a tile at most
+# Bytes of a block of keys: two buffers of it and of the values are in fast memory.
+_BLOCK_BYTES = 2 * 2**20
 _BLOCK_TOKENS = 512
+# Rows of a block that a decode row multiplies at a time: short sequences fill no block.
+_DECODE_ROWS = 2048
+_PAGES_AT_ONCE = 16  # copies of so many pages start without a loop around each
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Static sizes of one call."""
+    """Static sizes of one call.
+
+    Attributes:
+        heads: of the queries, with those that fill up whole tiles of a TPU's memory.
+        group: query heads of a kv head. width: elements of a stored row; joined: which is a key and its value.
+        per_block: pages of a block. strip, tile: rows.
+    """
 
     heads: int
+    group: int
     kv_heads: int
     head_dim: int
+    width: int
+    joined: bool
     page_size: int
     per_block: int
+    strip: int
     tile: int
     window: int | None
     soft_cap: float | None
@@ -41,22 +58,32 @@ class Sizes:
     element: str
 
     @classmethod
-    def of(cls, q_shape: tuple[int, ...], pages: KVPages, ragged: Ragged, scoring: PagedScoring) -> "Sizes":
-        """Of a call with queries of this shape, on one device."""
-        rows, heads, head_dim = q_shape
+    def of(cls, q: Any, pages: KVPages, ragged: Ragged, scoring: PagedScoring) -> "Sizes":
+        """Of a call with queries of this shape and dtype, on one device."""
+        (rows, heads, _), dtype = q.shape, q.dtype
+        width, group = pages.k.shape[-1], heads // pages.kv_heads
         # Whole vectors of lanes in a block, which needs no more pages than a sequence may have, rounded up.
         least = LANES // math.gcd(pages.page_size, LANES)
-        most = _BLOCK_ROWS * LANES // max(head_dim, LANES) // pages.kv_heads
+        most = _BLOCK_BYTES // (width * pages.k.dtype.itemsize * pages.kv_heads)
         most = min(most, _BLOCK_TOKENS) // pages.page_size // least
         per_block = max(1, min(most, -(-ragged.capacity // least))) * least
-        tile = max(1, min(_TILE_ROWS * pages.kv_heads // heads, rows))
+        strip = max(16, _STRIP_ROWS // group // 16 * 16)
+        whole_heads = -(-heads // _SUBLANES) * _SUBLANES
+        strips = max(1, _TILE_BYTES // (strip * whole_heads * width * dtype.itemsize))
+        tile = 1 if rows == 1 else strip * min(_STRIPS, strips, -(-rows // strip))
         cap = None if scoring.soft_cap is None else float(scoring.soft_cap)
-        lengths = (heads, pages.kv_heads, head_dim, pages.page_size, per_block, tile)
-        return cls(*lengths, scoring.window, cap, float(scoring.scale), pages.element)
-
-    @property
-    def group(self) -> int:
-        return self.heads // self.kv_heads
+        heads_and_rows = whole_heads, group, pages.kv_heads, pages.head_dim, width, pages.joined
+        return cls(
+            *heads_and_rows,
+            pages.page_size,
+            per_block,
+            strip,
+            tile,
+            scoring.window,
+            cap,
+            float(scoring.scale),
+            pages.element,
+        )
 
     @property
     def block(self) -> int:
@@ -69,6 +96,27 @@ class Sizes:
     @property
     def block_rows(self) -> int:
         return self.block * self.kv_heads
+
+    @property
+    def decode_tokens(self) -> int:
+        """Tokens of a block that a decode row multiplies at a time: all, or a part of whole vectors of lanes."""
+        parts = [n for n in range(1, self.block // LANES + 1) if self.block % (n * LANES) == 0]
+        return next((self.block // n for n in parts if self.block_rows // n <= _DECODE_ROWS), self.block // parts[-1])
+
+    @property
+    def widths(self) -> list[int]:
+        """Keys of a block, from its first, that a tile on the diagonal multiplies: half of them or all."""
+        return [self.block // 2, self.block] if self.block % (2 * LANES) == 0 else [self.block]
+
+    @property
+    def strips(self) -> int:
+        """Strips of a tile."""
+        return max(self.tile // self.strip, 1)
+
+    @property
+    def whole_rows(self) -> int:
+        """The least rows of whole pages that are whole tiles of memory too."""
+        return math.lcm(self.page_rows, _SUBLANES * 2)
 
     @property
     def scaled(self) -> bool:
@@ -155,8 +203,13 @@ class BlockCopies:
         """Copies fly; a whole block's without a loop around each page."""
 
         def every(page):
-            for b in range(self.sizes.per_block):
-                page(b)
+            at_once = math.gcd(self.sizes.per_block, _PAGES_AT_ONCE)
+
+            def some(first, _):
+                for b in range(at_once):
+                    page(first * at_once + b)
+
+            jax.lax.fori_loop(0, self.sizes.per_block // at_once, some, None)
 
         self._each(i, j, slot, lambda copy: copy.start(), every)
 

@@ -9,9 +9,11 @@ element (int8), 1/16 of each element (float8), 1/14 of the row's greatest (int4)
 float8 and int4 are stored as bytes and read as what they are block by block. XLA's CPU widens a whole operand of these
 types before it scatters to it, and a whole operand that is converted bit by bit is another copy of the cache.
 
-A page is rows of H elements, heads of a token after each other, and no array has a dimension of kv heads. A TPU pads
-the last two dimensions to whole tiles: for 2 heads of int8, or any 3, XLA turned such a cache around before each write
-and back after it (v5e). Where kv heads are split over devices, the rows of each are a shard.
+A page is rows, heads of a token after each other, and no array has a dimension of kv heads. A TPU pads the last two
+dimensions to whole tiles: for 2 heads of int8, or any 3, XLA turned such a cache around before each write and back
+after it (v5e), and so it does where rows are no multiple of its 128 lanes. Such a cache is made with `lanes`: a key of
+at most 64 elements and its value are one row, joined, and longer rows end in zeros. Joined rows take no more memory;
+head sizes of 80 and 96 take that of 128. Where kv heads are split over devices, the rows of each are a shard.
 
 Shape legend: see spec.py; Kp = kv heads of a shard, halved for int4; m pages of one block, c = m * page keys.
 """
@@ -32,6 +34,8 @@ _SPAN = {"int8": 127.0, "float8_e4m3fn": 448.0, "int4": 7.0}
 _PLAIN = ("float32", "bfloat16")
 _PAGES = 8  # a tile's rows of scales, to which their pages are rounded up
 _BYTES = ("float8_e4m3fn", "int4")
+# What `lanes` of a cache on a TPU is.
+TPU_LANES = 128
 
 
 @jax.tree_util.register_dataclass
@@ -78,16 +82,17 @@ class Ragged:
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["k", "v", "k_scale", "v_scale"],
-    meta_fields=["page_size", "element"],
+    meta_fields=["page_size", "head_dim", "element"],
 )
 @dataclasses.dataclass(frozen=True)
 class KVPages:
     """One layer's share of the paged cache: keys and values in pages of `page_size` tokens.
 
     Attributes:
-        k, v: elements as stored, in shards of the kv heads, tokens outermost in each: float8 as the bits of each in
-            uint8; int4 two to a uint8, kv heads 2i and 2i + 1 in the low and high half of [i].
-        page_size: tokens in one page.
+        k, v: rows as stored, in shards of the kv heads, tokens outermost in each: float8 as the bits of each element in
+            uint8; int4 two to a uint8, kv heads 2i and 2i + 1 in the low and high half of [i]. Where heads are joined,
+            k has [key, value] in each row and v is None.
+        page_size: tokens in one page. head_dim: elements of a key, H of the columns.
         k_scale, v_scale: what the stored elements are multiplied by, one per token and kv head, in one row per page and
             shard; None for float32 and bfloat16. A row of its own per page, because a TPU moves whole (8, 128) tiles
             and [P, page * K] would put eight pages into one. Pages, P8, are rounded up to whole tiles, since XLA
@@ -95,22 +100,24 @@ class KVPages:
         element: name of the element type: "float32", "bfloat16", "int8", "float8_e4m3fn" or "int4".
     """
 
-    k: Num[Array, "*L P shards page_Kp H"] | Leaf
-    v: Num[Array, "*L P shards page_Kp H"] | Leaf
+    k: Num[Array, "*L P shards page_Kp columns"] | Leaf
+    v: Num[Array, "*L P shards page_Kp columns"] | Leaf | None
     page_size: int
-    k_scale: Float[Array, "*L P8 shards 1 columns"] | Leaf | None = None
-    v_scale: Float[Array, "*L P8 shards 1 columns"] | Leaf | None = None
+    head_dim: int
+    k_scale: Float[Array, "*L P8 shards 1 page_K"] | Leaf | None = None
+    v_scale: Float[Array, "*L P8 shards 1 page_K"] | Leaf | None = None
     element: str = "float32"
 
     @classmethod
     def zeros(
-        cls, num_pages: int, page_size: int, n_kv_heads: int, head_dim: int, dtype: Any, shards: int = 1
+        cls, num_pages: int, page_size: int, n_kv_heads: int, head_dim: int, dtype: Any, shards: int = 1, lanes: int = 1
     ) -> "KVPages":
         """A fresh cache of `num_pages` pages of `page_size` tokens.
 
         Args:
             dtype: float32, bfloat16, or with scales int8, float8_e4m3fn, int4.
             shards: devices that kv heads are split over; all arrays split along the third dimension from the last.
+            lanes: rows are multiples of so many elements: `TPU_LANES` for a cache in a TPU's memory.
         Raises MeshloomError for other types, heads that do not divide over the shards, and int4 with an odd number of
         kv heads in a shard.
         """
@@ -124,13 +131,21 @@ class KVPages:
             where = "" if shards == 1 else f" on each of {shards} devices"
             raise MeshloomError(f"an int4 cache packs kv heads in pairs; got {each}{where}: take int8")
         stored = jnp.uint8 if name in _BYTES else dtype
-        shape = (num_pages, shards, page_size * (each // 2 if name == "int4" else each), head_dim)
+        joined = 2 * head_dim <= lanes
+        columns = -(-(2 * head_dim if joined else head_dim) // lanes) * lanes
+        shape = (num_pages, shards, page_size * (each // 2 if name == "int4" else each), columns)
         scales = (-(-num_pages // _PAGES) * _PAGES, shards, 1, page_size * each)
 
         def scale():
             return jnp.zeros(scales, jnp.float32) if name in _SPAN else None
 
-        return cls(jnp.zeros(shape, stored), jnp.zeros(shape, stored), page_size, scale(), scale(), name)
+        v = None if joined else jnp.zeros(shape, stored)
+        return cls(jnp.zeros(shape, stored), v, page_size, head_dim, scale(), scale(), name)
+
+    @property
+    def joined(self) -> bool:
+        """Whether a row is a key and its value."""
+        return self.v is None
 
     @property
     def kv_heads(self) -> int:
@@ -173,9 +188,16 @@ class KVPages:
 
             return jax.vmap(put_shard, 1, 1)(pages, values.reshape(rows, shards, each // window, window, -1))
 
+        def stored_rows(k, v) -> dict[str, Any]:
+            def whole(rows):
+                return jnp.pad(rows, ((0, 0), (0, 0), (0, self.k.shape[-1] - rows.shape[-1])))
+
+            if self.joined:
+                return {"k": put(self.k, whole(jnp.concatenate([k, v], axis=-1)))}
+            return {"k": put(self.k, whole(k)), "v": put(self.v, whole(v))}
+
         if self.element in _PLAIN:
-            k, v = (x.astype(self.k.dtype) for x in (k, v))
-            return dataclasses.replace(self, k=put(self.k, k), v=put(self.v, v))
+            return dataclasses.replace(self, **stored_rows(*(x.astype(self.k.dtype) for x in (k, v))))
 
         def put_scales(scales, values):
             """One by one, by rows of a TPU's lanes: by other rows it would copy them to another tiling and back."""
@@ -192,8 +214,7 @@ class KVPages:
         (k, k_scale), (v, v_scale) = _quantized(k, self.element), _quantized(v, self.element)
         return dataclasses.replace(
             self,
-            k=put(self.k, k),
-            v=put(self.v, v),
+            **stored_rows(k, v),
             k_scale=put_scales(self.k_scale, k_scale),
             v_scale=put_scales(self.v_scale, v_scale),
         )
@@ -218,7 +239,10 @@ class KVPages:
         def scale(scales):
             return None if scales is None else tokens(scales)
 
-        return KVBlock(elements(self.k), elements(self.v), scale(self.k_scale), scale(self.v_scale))
+        k = elements(self.k)
+        v = k[..., self.head_dim :] if self.joined else elements(self.v)
+        keys, values = (x[..., : self.head_dim] for x in (k, v))
+        return KVBlock(keys, values, scale(self.k_scale), scale(self.v_scale))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,12 +280,12 @@ class PagePart:
         return self.page_table[sequence, jnp.argmax(same, axis=1)], jnp.any(same, axis=1)
 
 
-def _rows_at_once(heads: int, head_dim: int, itemsize: int) -> int:
+def _rows_at_once(heads: int, columns: int, itemsize: int) -> int:
     """Rows that one write of a token's `heads` rows moves: all, where they are whole tiles as a TPU lays out rows.
 
     Elsewhere it would turn the cache around for them. Rows one by one cost a write each.
     """
-    least = max(4 // itemsize, 1) if head_dim <= 128 else 32 if itemsize == 1 else 8
+    least = max(4 // itemsize, 1) if columns <= 128 else 32 if itemsize == 1 else 8
     return heads if heads >= least and heads & (heads - 1) == 0 else 1
 
 

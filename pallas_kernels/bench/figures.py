@@ -33,6 +33,8 @@ class KernelFigures:
         spills: vector registers written to memory in that region.
         hbm: bytes that blocks read and write in HBM, over those of all operands and the result once; None where they
             are not counted.
+        page_cycles: per page of a paged cache that a step reads. times_bytes: the time it takes, of cycles or of bytes
+            if they take longer, over that of the least bytes at the chip's bandwidth.
         vmem: bytes of fast memory that it takes, as the compiler reports them (`core.bundles.kernel_memory`).
     """
 
@@ -44,6 +46,8 @@ class KernelFigures:
     spills: int | None
     hbm: float | None
     vmem: int | None = None
+    page_cycles: float | None = None
+    times_bytes: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

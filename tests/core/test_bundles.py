@@ -16,7 +16,7 @@ LB: loop body
      0   :  { %s1 = smov 0 } /* Start region 1 */
    0x1 LB: > { %v2 = vld [vmem:[#allocation2_spill]]  ;;  %v3 = vmatmul.mubr.bf16.gmra.mxu0 %v1 } /* Start region 7 */
    0x2   : > { %9 = vmatmul.mubr.f32.vlgmr.msra.gmra.mxu1 %v2  ;;  %8 = vst [vmem:[#allocation4_spill] sm:$0xff] %v3 }
-   0x3   : > {} /* End region 7 */
+   0x3   : > { %10 = dma.hbm_to_vmem [thread:$0]  /*hbm=*/%s3 } /* End region 7 */
    0x4 PF: > { %8 = vst [vmem:[#allocation4] sm:$0xff] %v3 } /* Start region 9 :: End region 9 */
    0x5   :  { %s1 = smov 0 } /* End region 1 */
 """
@@ -43,8 +43,8 @@ jax.jit(run).lower(x, x).compile()
 def test_each_bundle_belongs_to_the_innermost_region():
     outside, loop, tail = regions(SCHEDULE)
     assert outside == Region(1, bundles=2, loops=False, matmuls={}, spills=0, fills=0)
-    assert loop == Region(7, bundles=3, loops=True, matmuls={"bf16": 1, "f32": 1}, spills=1, fills=1)
-    assert tail == Region(9, bundles=1, loops=False, matmuls={}, spills=0, fills=0)
+    assert loop == Region(7, bundles=3, loops=True, matmuls={"bf16": 1, "f32": 1}, spills=1, fills=1, depth=1, copies=1)
+    assert tail == Region(9, bundles=1, loops=False, matmuls={}, spills=0, fills=0, depth=1)
 
 
 def test_a_region_that_the_compiler_never_began_may_end():

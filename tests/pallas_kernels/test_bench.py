@@ -1,6 +1,7 @@
 """The kernel bench compares like with like."""
 
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -11,8 +12,9 @@ import pytest
 from meshloom import cli
 from meshloom.core.bundles import Region
 from meshloom.kernel_bench import bench_kernels
+from meshloom.pallas_kernels.attention.paged_schedule import Sizes
 from meshloom.pallas_kernels.attention.visits import Blocks
-from meshloom.pallas_kernels.bench import attention, collective, cpu, experts, products, tokamax
+from meshloom.pallas_kernels.bench import attention, collective, cpu, experts, paged, products, tokamax
 from meshloom.pallas_kernels.matmul.grouped.tiles import Tiles
 from meshloom.pallas_kernels.matmul.quantized import blocks as quantized
 from meshloom.pallas_kernels.matmul.quantized.spec import MatmulSpec
@@ -84,6 +86,36 @@ def test_a_ring_multiplies_every_block_of_every_shard_and_begins_once():
     assert figures.cycles == 50 + 64 * (100 + 10)
     assert figures.hbm == (10 + 8 * 20 + 30) / (10 + 20 + 30)
     assert figures.spills == 3
+
+
+def test_regions_of_a_paged_kernel_run_as_often_as_the_loops_around_them():
+    def region(bundles, depth, matmuls=0, copies=0):
+        products = {"bf16": matmuls} if matmuls else {}
+        return Region(next(numbers), bundles, depth > 1, products, 0, 0, depth, copies)
+
+    def block():
+        # Copies of 16 pages of 16 tokens start in one round: two of them for a block of 512.
+        return [region(30, 2), region(200, 3, copies=32), region(9, 3, copies=2)]
+
+    numbers = itertools.count()
+    decode = [*block(), region(500, 3, 1)]
+    tile = [*block(), *(region(bundles, 3, 1) for bundles in (2000, 1100, 1900)), region(600, 4, 1)]
+    item, begin, end = region(7, 1), region(300, 2), region(40, 1, copies=1)
+    regions = [region(1000, 0), item, *decode, end, begin, region(5, 1), *tile, region(90, 1), region(11, 0)]
+    sizes = Sizes(32, 4, 8, 128, 128, False, 16, 32, 64, 256, None, None, 1.0, "bfloat16")
+    once, whole = 1011, 30 + 2 * 200
+    # 1,000 tokens: two blocks, the second with 31 pages, in four parts of 256.
+    step = paged.Step("decode", sequences=3, rows=1, length=1000)
+    assert paged.our_cycles(regions, sizes, step) == once + 3 * (7 + 40 + 2 * whole + 31 * 9 + 4 * 500)
+    # Tiles end after 256, 512, 768 and 1,024 tokens.
+    step = paged.Step("prefill", sequences=1, rows=1024, length=1024)
+    items = 4 * (7 + 40 + 5 + 90 + 8 * 300) + (1 + 1 + 2 + 2) * whole
+    assert paged.our_cycles(regions, sizes, step) == once + items + 8 * (2 * 2000 + 2 * 1100 + 2 * 1900)
+    # Theirs visits all keys for every block of queries, and every sequence of a block of them.
+    theirs = [region(3, 0), region(20, 1), region(30, 2), region(400, 3, 1), region(5, 4)]
+    assert paged.their_cycles(theirs, 128, 512, step) == 3 + 8 * (20 + 30 + 2 * 405)
+    step = paged.Step("decode", sequences=3, rows=1, length=1000)
+    assert paged.their_cycles(theirs, 8, 512, step) == 3 + 20 + 3 * (30 + 2 * 405)
 
 
 def test_our_visits_are_the_pairs_on_and_below_the_diagonal():

@@ -1,5 +1,6 @@
 """The TPU kernel over pages: interpreted against the reference, raced, and compiled for every TPU."""
 
+import dataclasses
 import functools
 import re
 
@@ -26,15 +27,18 @@ from meshloom.pallas_kernels.dispatch import Target, explain
 from tests.compilers import needs_tpu
 
 TPUS = ("v5e:1x1", "v5p:1x1x1", "v6e:1x1", "tpu7x:1x1x1")
-# Decode, a prefill of three tiles, decode at the end of a page and of a block, and a prefill that starts inside a page.
-MIXED = PagedCase((5, 21, 256, 70), (1, 21, 1, 9), page_size=64, unwritten=float("nan"))
+# Decode, a prefill of a tile and a strip, decode at the end of a page and of a block, and a prefill that starts inside
+# a page.
+MIXED = PagedCase((5, 40, 256, 70), (1, 40, 1, 9), page_size=64, unwritten=float("nan"))
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Blocks of 128 keys and tiles of 8 tokens, so that small cases have several of each."""
-    monkeypatch.setattr(paged_schedule, "_BLOCK_ROWS", 256)
-    monkeypatch.setattr(paged_schedule, "_TILE_ROWS", 16)
+    """Blocks of 256 keys, strips of 16 tokens and tiles of two, so that small cases have several of each."""
+    monkeypatch.setattr(paged_schedule, "_BLOCK_TOKENS", 256)
+    monkeypatch.setattr(paged_schedule, "_DECODE_ROWS", 256)
+    monkeypatch.setattr(paged_schedule, "_STRIP_ROWS", 16)
+    monkeypatch.setattr(paged_schedule, "_STRIPS", 2)
 
 
 @pytest.fixture
@@ -60,9 +64,9 @@ def assert_right(case: PagedCase, tolerance: float = 2e-5, sinks: bool = False, 
     ("case", "options"),
     [
         (MIXED, {"window": 33, "soft_cap": 3.0, "sinks": True}),
-        (PagedCase((130, 40), (1, 9), element="int8", page_size=64), {}),
+        (PagedCase((130, 40), (1, 9), element="int8", page_size=64, lanes=32), {}),
     ],
-    ids=["window_cap_sinks", "int8"],
+    ids=["window_cap_sinks", "int8_joined"],
 )
 def test_no_race_no_unwritten_memory_and_nothing_out_of_bounds(case, options):
     # Fast memory holds NaN until it is written, and a DMA runs as late as its semaphores allow.
@@ -72,8 +76,23 @@ def test_no_race_no_unwritten_memory_and_nothing_out_of_bounds(case, options):
 
 
 @pytest.mark.usefixtures("interpreted")
+def test_rows_that_are_not_their_own_reach_no_later_ones():
+    # The strip of the second sequence ends in rows of the third and in keys that are NaN; the fourth takes its place.
+    assert_right(dataclasses.replace(MIXED, lengths=(5, 40, 256, 70), counts=(1, 40, 1, 15)))
+
+
+@pytest.mark.usefixtures("interpreted")
 def test_heads_that_are_wide_and_no_power_of_two():
     assert_right(PagedCase((130, 40), (1, 9), heads=3, kv_heads=3, page_size=128, head_dim=256))
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    ("heads", "kv_heads"), [(3, 3), *(pytest.param(*heads, marks=pytest.mark.slow) for heads in ((6, 1), (64, 32)))]
+)
+def test_bfloat16_heads_are_picked_from_words_of_two(heads, kv_heads):
+    case = PagedCase((33, 140), (33, 40), heads, kv_heads, element="bfloat16", dtype="bfloat16", page_size=32, lanes=32)
+    assert_right(case, 2 * 3 / 256)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -84,7 +103,7 @@ def test_bfloat16_over_float8_errs_as_bfloat16_does():
 
 @pytest.mark.usefixtures("interpreted")
 def test_on_a_mesh_every_device_has_its_heads():
-    case = PagedCase((130, 40), (1, 9), heads=8, kv_heads=4, element="int8", page_size=64, shards=2)
+    case = PagedCase((130, 40), (1, 9), 8, 4, 24, element="int8", page_size=64, shards=2, lanes=32)
     with jax.set_mesh(make_mesh("tensor=2,data=2", jax.devices()[:4])):
         assert_right(case, sinks=True, window=33)
 
@@ -115,7 +134,7 @@ def test_any_lengths(data):
     ragged = Ragged(*map(jnp.asarray, (kv_lens, table, cu, np.int32(len(lengths)))))
     shapes = (80, 4, 16), (16, 1, 128, 16), (16, 1, 128, 16)
     q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
-    pages = KVPages(k, v, 64)
+    pages = KVPages(jnp.concatenate([k, v], 3), None, 64, 16)
     got = np.asarray(run(q, pages, ragged))
     np.testing.assert_allclose(got[: cu[-1]], np.asarray(exact(q, pages, ragged))[: cu[-1]], atol=2e-5)
     assert np.all(got[cu[-1] :] == 0)
@@ -123,8 +142,7 @@ def test_any_lengths(data):
 
 
 @pytest.mark.parametrize("name", TPUS)
-def test_it_is_chosen_compiled_and_copies_no_cache(name, monkeypatch):
-    monkeypatch.undo()
+def test_it_is_chosen_compiled_and_copies_no_cache(name):
     devices = parse_devices(name)
     if (missing := compiler_missing(devices)) is not None:
         pytest.skip(missing)
@@ -139,7 +157,7 @@ def test_it_is_chosen_compiled_and_copies_no_cache(name, monkeypatch):
     def arguments():
         q, kv = jnp.zeros((64, 32, 128), jnp.bfloat16), jnp.zeros((64, 8, 128), jnp.bfloat16)
         lengths = jnp.zeros(64, jnp.int32), jnp.zeros((64, 64), jnp.int32), jnp.zeros(65, jnp.int32), jnp.int32(0)
-        return q, kv, kv, KVPages.zeros(1024, 16, 8, 128, element), Ragged(*lengths)
+        return q, kv, kv, KVPages.zeros(1024, 16, 8, 128, element, lanes=128), Ragged(*lengths)
 
     args = placed(jax.eval_shape(arguments))
     run = functools.partial(paged_attention, window=4096, soft_cap=30.0)
@@ -153,20 +171,33 @@ def test_it_is_chosen_compiled_and_copies_no_cache(name, monkeypatch):
 
 @needs_tpu
 @pytest.mark.parametrize(
-    ("element", "page_size", "kv_heads"), [("bfloat16", 16, 12), ("int8", 64, 8), ("float8_e4m3fn", 128, 8)]
+    ("element", "page_size", "kv_heads", "head_dim"),
+    [
+        ("bfloat16", 16, 12, 64),
+        ("int8", 64, 8, 128),
+        ("float8_e4m3fn", 128, 8, 96),
+        *(
+            pytest.param(*sizes, marks=pytest.mark.slow)
+            for sizes in (
+                ("bfloat16", 16, 12, 128),
+                ("bfloat16", 16, 8, 80),
+                ("bfloat16", 16, 8, 256),
+                ("int8", 64, 8, 64),
+                ("int8", 128, 4, 64),
+                ("float8_e4m3fn", 64, 8, 64),
+            )
+        ),
+    ],
 )
-def test_on_a_mesh_it_is_chosen_and_neither_copies_the_cache_nor_sends_anything(
-    element, page_size, kv_heads, monkeypatch
-):
+def test_on_a_mesh_it_is_chosen_and_neither_copies_the_cache_nor_sends_anything(element, page_size, kv_heads, head_dim):
     # 2 heads of one byte on each device, or 3 of two bytes: no whole tiles of a TPU's memory, which it pads or turns.
-    monkeypatch.undo()
     mesh = make_mesh("tensor=4", target_devices(parse_devices("v5e:2x2")))
-    num_pages = 2**24 // kv_heads // page_size + 3  # 1 GiB a device in bfloat16: nothing of it fits fast memory
+    num_pages = 2**25 // kv_heads // page_size + 3  # GiBs a device: nothing of it fits fast memory
 
     def arguments():
-        q, kv = jnp.zeros((64, 4 * kv_heads, 128), jnp.bfloat16), jnp.zeros((64, kv_heads, 128), jnp.bfloat16)
+        q, kv = (jnp.zeros((64, heads, head_dim), jnp.bfloat16) for heads in (4 * kv_heads, kv_heads))
         lengths = jnp.zeros(64, jnp.int32), jnp.zeros((64, 64), jnp.int32), jnp.zeros(65, jnp.int32), jnp.int32(0)
-        return (q, kv, kv, KVPages.zeros(num_pages, page_size, kv_heads, 128, element, 4)), Ragged(*lengths)
+        return (q, kv, kv, KVPages.zeros(num_pages, page_size, kv_heads, head_dim, element, 4, 128)), Ragged(*lengths)
 
     def placed(tree, *spec):
         where = NamedSharding(mesh, PartitionSpec(*spec))
@@ -198,7 +229,6 @@ def test_what_it_declines_is_said():
     assert "gather per score" in str(reasons(tpu, distance_bias=True))
     assert "unpacked by chunked only" in str(reasons(tpu, element="int4"))
     assert "64 scales" in str(reasons(tpu, element="int8", pages_shape=(9, 1, 64, 128)))
-    assert "head dim 192" in str(reasons(tpu, q_shape=(64, 32, 192)))
     with jax.set_mesh(make_mesh("fsdp=2,tensor=4")):
         assert reasons(tpu) == "the cache's kv heads are in 1 shard(s), for 4 device(s) of the tensor axis"
         assert reasons(tpu, pages_shape=(9, 4, 32, 128)) is None

@@ -1,5 +1,6 @@
 """A cache in fewer bits reads back what was written to within its element type's step, in place, and never rescales."""
 
+import dataclasses
 import functools
 
 import jax
@@ -109,3 +110,22 @@ def test_types_that_no_cache_keeps_are_named():
         KVPages.zeros(1, 4, 2, 16, jnp.float16)
     with pytest.raises(MeshloomError, match="packs kv heads in pairs; got 3: take int8"):
         KVPages.zeros(1, 4, 3, 16, "int4")
+
+
+@pytest.mark.parametrize("element", ["bfloat16", "int8", "float8_e4m3fn", "int4"])
+@pytest.mark.parametrize(("head_dim", "joined"), [(16, True), (12, True), (24, False)])
+def test_whole_lanes_hold_the_same_keys_and_values(element, head_dim, joined):
+    case = PagedCase((9, 6), (3, 6), kv_heads=2, head_dim=head_dim, element=element)
+
+    def blocks(lanes):
+        _, k, v, pages, ragged = dataclasses.replace(case, lanes=lanes).step()
+        pages = pages.write(k, v, ragged)
+        return pages, pages.gather(ragged.page_table)
+
+    (plain, expected), (whole, got) = blocks(1), blocks(32)
+    assert plain.k.shape[-1] == plain.v.shape[-1] == head_dim
+    assert whole.k.shape[-1] == 32
+    assert whole.joined == joined
+    for name in ("k", "v", "k_scale", "v_scale"):
+        old, new = getattr(expected, name), getattr(got, name)
+        assert (old is None and new is None) or np.array_equal(np.asarray(old, np.float32), np.asarray(new, np.float32))

@@ -27,9 +27,17 @@ PROMPTS = [np.random.default_rng(i).integers(1, CONFIG.vocab_size, 3 + 7 * i).to
 INT8 = dataclasses.replace(SMALL, cache_dtype="int8")
 
 
+@pytest.mark.parametrize(("head_dim", "taken"), [(64, 64), (80, 128), (128, 128)])
+def test_rows_on_a_tpu_are_whole_lanes_and_counted_as_such(head_dim, taken):
+    config = dataclasses.replace(PRESETS["llama3-8b"], head_dim=head_dim)
+    cpu, tpu = (size_cache(config, EngineConfig(), jnp.dtype("bfloat16"), platform) for platform in ("cpu", "tpu"))
+    assert cpu.bytes_per_page == 16 * 32 * 2 * 8 * 2 * head_dim
+    assert tpu.bytes_per_page == 16 * 32 * 2 * 8 * 2 * taken
+
+
 def test_more_pages_fit_the_same_memory():
     def pages(dtype: str) -> int:
-        return size_cache(PRESETS["llama3-8b"], EngineConfig(max_num_seqs=512), jnp.dtype(dtype)).num_pages
+        return size_cache(PRESETS["llama3-8b"], EngineConfig(max_num_seqs=512), jnp.dtype(dtype), "cpu").num_pages
 
     # 128 numbers of a token and head: 256 bytes, or as many bits each and 4 bytes for their scale.
     plain = pages("bfloat16")

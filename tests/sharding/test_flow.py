@@ -165,8 +165,8 @@ def test_every_conversion_of_a_decoder_has_its_rule():
     said = flow_of(decoder(SCANNED), TOKENS, fsdp=2, context=2, tensor=2)
     causes = {(each.origin.cause, each.collective, each.axes) for each in said.conversions}
     assert causes == {
-        ("store", "all_gather", ("fsdp",)),
-        ("store", "all_to_all", ("fsdp",)),
+        ("store", "all_gather", ("fsdp", "context")),
+        ("store", "all_to_all", ("fsdp", "context")),
         ("vocab", "all_reduce", ("tensor",)),
         ("pair", "all_reduce", ("tensor",)),
         ("context", "collective_permute", ("context",)),

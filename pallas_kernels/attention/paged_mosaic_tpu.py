@@ -33,7 +33,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from meshloom.pallas_kernels.attention.kernel import MASKED
@@ -52,11 +51,11 @@ from meshloom.pallas_kernels.attention.paged_schedule import (
     TableRows,
     items_of,
 )
+from meshloom.pallas_kernels.attention.paged_spread import on_own_heads, spread_why_not
 from meshloom.pallas_kernels.attention.pages import KVPages, Ragged
 from meshloom.pallas_kernels.attention.spec import PagedSpec
-from meshloom.pallas_kernels.dispatch import Target, may_be_spread, tpu_why_not
+from meshloom.pallas_kernels.dispatch import Target, tpu_why_not
 
-_HEADS = "tensor"
 _VMEM_LIMIT = 56 * 2**20
 _LOG2E = math.log2(math.e)
 
@@ -394,19 +393,11 @@ def paged_attention_mosaic_tpu(
     sinks: Float[Array, "N"] | None,
 ) -> Float[Array, "T N H"]:
     """Equal to the reference up to rounding; rows that are padding are zeros. Reads only pages that sequences have."""
-    if not may_be_spread():
+
+    def attend(q, pages, ragged, sinks):
         return _attend(q, pages, ragged, scoring, sinks)
-    mesh = jax.sharding.get_abstract_mesh()
-    heads = _HEADS if mesh.shape.get(_HEADS, 1) > 1 else None
-    of_heads, everywhere = PartitionSpec(None, heads), PartitionSpec()
-    # The body holds a Pallas call, which does not say over which axes its results vary.
-    return jax.shard_map(
-        lambda q, pages, ragged, sinks: _attend(q, pages, ragged, scoring, sinks),
-        mesh=mesh,
-        in_specs=(of_heads, of_heads, everywhere, PartitionSpec(heads)),
-        out_specs=of_heads,
-        check_vma=False,
-    )(q, pages, ragged, sinks)
+
+    return on_own_heads(attend, q, pages, ragged, sinks)
 
 
 def _attend(
@@ -481,12 +472,8 @@ def why_not(spec: PagedSpec, target: Target) -> str | None:
     """Why this kernel cannot run a call, or None."""
     if reason := tpu_why_not(target):
         return reason
-    mesh = jax.sharding.get_abstract_mesh()
-    if may_be_spread() and mesh.manual_axes:
-        return "XLA does not split kernels, and only some axes of the mesh are inside shard_map"
-    shards, devices = spec.pages_shape[1], mesh.shape.get(_HEADS, 1) if may_be_spread() else 1
-    if shards != devices:
-        return f"the cache's kv heads are in {shards} shard(s), for {devices} device(s) of the {_HEADS} axis"
+    if reason := spread_why_not(spec):
+        return reason
     if spec.distance_bias:
         return "a bias by distance needs a gather per score"
     if spec.element == "int4":

@@ -1,6 +1,8 @@
 """The one list of grouped, adapted and quantized products, for tests, benches and tuning."""
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,23 +87,27 @@ class LoraCase:
         def normal(*shape: int) -> jax.Array:
             return jnp.asarray(rng.normal(size=shape), self.dtype)
 
-        lora = LoraPages.empty(
-            self.pages,
-            self.contracted,
-            self.columns,
-            adapters=len(self.ranks),
-            most_rank=max(1, *self.ranks),
-            dtype=self.dtype,
-        )
-        # Pages that nobody owns, and entries of the table past a rank, hold what must not be read.
-        lora = dataclasses.replace(lora, a=lora.a + jnp.nan, b=lora.b + jnp.nan, table=lora.table - 1)
         free = rng.permutation(self.pages).astype(np.int32)
+        owned = {}
         for adapter, rank in enumerate(self.ranks):
             if rank:
-                own, free = jnp.asarray(free[:rank]), free[rank:]
-                a, b = normal(rank, self.contracted), normal(self.columns, rank)
-                lora = lora.load(adapter, own, a, b, alpha=2.0 * (adapter + 1))
+                own, free = free[:rank], free[rank:]
+                owned[adapter] = own, normal(rank, self.contracted), normal(self.columns, rank)
+        sizes = (self.pages, self.contracted, self.columns, len(self.ranks), max(1, *self.ranks), self.dtype)
+        lora = _loaded(sizes, owned)
         return normal(self.rows, self.contracted), lora, jnp.asarray(np.resize(self.adapters, self.rows), jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _loaded(sizes: tuple, owned: dict[int, Any]) -> LoraPages:
+    """A pool of these sizes with some adapters: pages, a and b of each."""
+    *shape, adapters, most_rank, dtype = sizes
+    lora = LoraPages.empty(*shape, adapters=adapters, most_rank=most_rank, dtype=dtype)
+    # Pages that nobody owns, and entries of the table past a rank, hold what must not be read.
+    lora = dataclasses.replace(lora, a=lora.a + jnp.nan, b=lora.b + jnp.nan, table=lora.table - 1)
+    for adapter, (own, a, b) in owned.items():
+        lora = lora.load(adapter, own, a, b, alpha=2.0 * (adapter + 1))
+    return lora
 
 
 LORA_CASES = (

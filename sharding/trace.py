@@ -22,9 +22,8 @@ from meshloom.sharding.values import Dims, Kind, Meeting, Region, Source, Step, 
 # Operations of `pallas_kernels` that spread themselves over a mesh, by the names of their bodies: those that every
 # device does with its own rows of the batch and its own part of the weights, until one sum ends them, ...
 _ONE_SUM = ("meshloom.routed_experts", "meshloom.routed_experts_backward")
-# ... and those whose queries, keys and values may lie over the tokens. With a bias XLA spreads them.
-RING = "meshloom.attention"
-_ATTENTION = (RING, "meshloom.biased_attention")
+# ... and the one whose queries, keys and values may lie over the tokens.
+_ATTENTION = "meshloom.attention"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +167,7 @@ class _Reader:
         name, params = equation.primitive.name, equation.params
         if "_prim" in params:  # all operations that are a class of their own are called `call_hi_primitive`
             name = type(params["_prim"]).__name__
-        if name == "jit" and params["name"] in (*_ONE_SUM, *_ATTENTION):
+        if name == "jit" and params["name"] in (*_ONE_SUM, _ATTENTION):
             return self._region(equation, inputs)
         if name in self._control:
             return self._control[name](equation, inputs)

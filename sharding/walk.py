@@ -25,7 +25,7 @@ from meshloom.sharding.provenance import Conversion, Origin, Provenance
 from meshloom.sharding.reshaping import reshaped
 from meshloom.sharding.signatures import Signature, signatures
 from meshloom.sharding.submesh import axis_of, factored
-from meshloom.sharding.trace import RING, Program, Step
+from meshloom.sharding.trace import Program, Step
 from meshloom.sharding.values import Kind, Lookup, Meeting, Region, Source, Value
 from meshloom.sharding.work import trips_of
 
@@ -76,7 +76,7 @@ class Walk:
         for value in self.program.inputs:
             self.placements[value] = self._as_batch(value)
         regions = {index: region for region in self.program.regions for index in range(region.first, region.end)}
-        attended = {region.first: region for region in self.program.attended if region.name == RING}
+        attended = {region.first: region for region in self.program.attended}
         ring: _Ring | None = None
         for index, step in enumerate(self.program.steps):
             if region := attended.get(index):
@@ -113,12 +113,14 @@ class Walk:
 
     def _as_batch(self, value: Value) -> dict[str, State]:
         """Rows over `data` and `fsdp`, tokens over `context`, where these are the value's first two dimensions."""
-        first = self.program.inputs[0].dims
+        rows = self.program.inputs[0].dims[:1]
         placement: dict[str, State] = {}
-        for dimension, (own, same) in enumerate(zip(value.dims[:2], first[:2], strict=False)):
+        if list(map(find, value.dims[:1])) != list(map(find, rows)):
+            return placement
+        for dimension, own in enumerate(value.dims[:2]):
             axes = axes_of(self.layout.batch_spec[dimension])
             factors = [factor for factor in self.mesh if axis_of(factor) in axes]
-            if find(own) is find(same) and own.size % math.prod(self.mesh[factor] for factor in factors) == 0:
+            if own.size % math.prod(self.mesh[factor] for factor in factors) == 0:
                 placement |= dict.fromkeys(factors, Split(dimension))
         return placement
 

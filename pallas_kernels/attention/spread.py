@@ -51,8 +51,6 @@ def ring_why_not(spec: AttentionSpec, chunks: int = 1) -> str | None:
         return "no mesh in scope spreads tokens"
     if TOKENS in jax.sharding.get_abstract_mesh().manual_axes:
         return "inside shard_map over the tokens, ring_attention is to be called by its name"
-    if spec.bias_shape is not None:
-        return "a ring has no additive bias"
     for what, length in (("queries", spec.q_shape[1]), ("keys", spec.kv_shape[1])):
         if length % (ways * chunks):
             return f"{length} {what} do not divide into {ways * chunks} chunks"
@@ -85,7 +83,7 @@ def over_mesh(kernel: Kernel, *, tokens: str | None = None) -> Kernel:
     """The same kernel over the mesh in scope, for shapes that `why_not` has nothing against.
 
     Args:
-        tokens: the axis over which the kernel is a ring, which has no bias; without one every device has all tokens.
+        tokens: the axis over which the kernel is a ring; without one every device has all tokens.
     """
     mesh = jax.sharding.get_abstract_mesh()
     rows = tuple(axis for axis in BATCH_AXES if mesh.shape.get(axis, 1) > 1) or None
@@ -111,7 +109,7 @@ def over_mesh(kernel: Kernel, *, tokens: str | None = None) -> Kernel:
     def of_bias(bias: Any) -> PartitionSpec | None:
         if bias is None:
             return None
-        return PartitionSpec(rows if bias.shape[0] > 1 else None, heads if bias.shape[1] > 1 else None)
+        return PartitionSpec(rows if bias.shape[0] > 1 else None, heads if bias.shape[1] > 1 else None, tokens)
 
     def axes_sharing(bias: Any) -> tuple[str, ...]:
         """Those over which devices have the same part of the bias, for other rows or heads."""

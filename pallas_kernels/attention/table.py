@@ -40,13 +40,10 @@ def attend(kernel: Kernel, scoring: Scoring, q, k, v, bias, sinks, mask: Mask):
 
 
 def _attend_fwd(kernel: Kernel, scoring: Scoring, q, k, v, bias, sinks, mask: Mask):
-    def attention(q, k, v, mask):
-        return kernel.forward(q, k, v, None, mask, scoring, q.dtype)
-
-    def biased_attention(q, k, v, mask, bias):
+    def attention(q, k, v, mask, bias):
         return kernel.forward(q, k, v, bias, mask, scoring, q.dtype)
 
-    out, lse = as_one(attention, q, k, v, mask) if bias is None else as_one(biased_attention, q, k, v, mask, bias)
+    out, lse = as_one(attention, q, k, v, mask, bias)
     if sinks is not None:
         out, lse = with_sinks(out, lse, sinks)
     return out, (q, k, v, bias, sinks, mask, out, lse)

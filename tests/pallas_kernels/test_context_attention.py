@@ -33,13 +33,19 @@ AXES = {"fsdp": 2, "context": 2, "tensor": 2}
 CASE = AttentionCase("mesh", q_len=32, kv_len=32, head_dim=8, value_dim=8, segments=2, window=11, sinks=True)
 
 
+def in_zigzag(x: jax.Array, dimensions: tuple[int, ...] = (1,)) -> jax.Array:
+    """Tokens along these dimensions in the order of a ring of AXES."""
+    return functools.reduce(lambda x, axis: to_zigzag(x, AXES["context"], axis), dimensions, jnp.asarray(x))
+
+
 def value_and_grads(case: AttentionCase, axes: dict[str, int] | None, layout: str = "contiguous"):
     """Output and gradients of `attention` on a mesh or on one device, and the compiled program."""
     q, k, v, mask = case.arrays()
     bias, sinks = case.extras()
-    order = (lambda x: x) if layout == "contiguous" else (lambda x: to_zigzag(x, axes["context"]))
+    order = in_zigzag if layout == "zigzag" else lambda x, dimensions=(1,): x
     weigh = order(jnp.sin(jnp.arange(q.size).reshape(q.shape)))
     q, k, v = map(order, (q, k, v))
+    bias = None if bias is None else order(bias, (2, 3))
     if mask.q_segments is not None:
         mask = dataclasses.replace(mask, q_segments=order(mask.q_segments), kv_segments=order(mask.kv_segments))
 
@@ -80,14 +86,21 @@ def test_attention_on_a_mesh_that_splits_tokens_is_a_ring(layout, kv_heads):
     assert "all-gather" not in program.as_text()
     rows = [want[0], *want[1:4]]
     if layout == "zigzag":
-        rows = [to_zigzag(jnp.asarray(x), AXES["context"]) for x in rows]
+        rows = map(in_zigzag, rows)
     for one, two in zip([*rows, want[4]], got, strict=True):
         np.testing.assert_allclose(two, one, atol=1e-5)
 
 
-def test_a_bias_is_left_to_xla():
-    case = dataclasses.replace(CASE, bias=(1, 4), q_len=16, kv_len=16)
-    for one, two in zip(*(value_and_grads(case, axes)[0] for axes in (None, AXES)), strict=True):
+@pytest.mark.parametrize(("layout", "shared"), [("contiguous", (1, 4)), ("zigzag", (2, 1))])
+def test_a_ring_has_the_bias_of_its_queries_and_its_gradient(layout, shared):
+    case = dataclasses.replace(CASE, bias=shared, q_len=16, kv_len=16)
+    want, _ = value_and_grads(case, None)
+    got, program = value_and_grads(case, AXES, layout)
+    assert permuted(program)
+    if layout == "zigzag":
+        *rows, bias, sinks = want
+        want = [*map(in_zigzag, rows), in_zigzag(bias, (2, 3)), sinks]
+    for one, two in zip(want, got, strict=True):
         np.testing.assert_allclose(two, one, atol=1e-5)
 
 
@@ -114,9 +127,9 @@ def test_a_decoder_that_trains_over_context_has_rings_in_both_passes(axes, rings
 # -- what chooses --
 
 
-def spec(layout: str = "contiguous", *, length: int = 4096, rows: int = 2, heads: int = 4, kv_heads=2, bias=False):
+def spec(layout: str = "contiguous", *, length: int = 4096, rows: int = 2, heads: int = 4, kv_heads=2):
     shapes = (rows, length, heads, 128), (rows, length, kv_heads, 128)
-    of_call = AttentionSpec(*shapes, 128, "bfloat16", (1, 4, length, length) if bias else None, Mask())
+    of_call = AttentionSpec(*shapes, 128, "bfloat16", None, Mask())
     return SpreadSpec(of_call, layout)
 
 
@@ -130,7 +143,6 @@ def test_the_tables_say_why_there_is_no_ring():
     assert reason(spec()) == "no mesh in scope spreads tokens"
     with jax.set_mesh(make_mesh(AXES)):
         assert reason(spec()) is None
-        assert reason(spec(bias=True)) == "a ring has no additive bias"
         assert reason(spec(length=31)) == "31 queries do not divide into 2 chunks"
         assert reason(spec("zigzag", length=30)) == "30 queries do not divide into 4 chunks"
         assert reason(spec(rows=3)) == "3 rows of the batch do not divide over 2 devices"
@@ -145,13 +157,12 @@ def test_the_tables_say_why_there_is_no_ring():
         found: list[str | None] = []
         jax.eval_shape(jax.shard_map(inside, in_specs=P("context"), out_specs=P("context")), jnp.zeros(8))
         assert "ring_attention is to be called by its name" in found[0]
-    q, k, v, mask = CASE.arrays()
-    bias = jnp.zeros((1, 1, 32, 32))
+    q, k, v, _ = CASE.arrays()
     with (
         jax.set_mesh(make_mesh("context=8")),
-        pytest.raises(MeshloomError, match=r"ring: a ring has no additive bias; no_ring: it takes tokens in order"),
+        pytest.raises(MeshloomError, match=r"ring: 20 queries do not .* 16 chunks; no_ring: it takes tokens in order"),
     ):
-        attention(q, k, v, mask=mask, bias=bias, layout="zigzag")
+        attention(q[:, :20], k, v, mask=Mask(), layout="zigzag")
 
 
 def test_a_tpus_kernel_declines_where_there_is_no_ring_and_judges_what_one_device_holds():

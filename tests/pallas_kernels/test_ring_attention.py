@@ -44,6 +44,7 @@ CASES = {
 def spread(op, mask: Mask, devices: int, layout: str = "contiguous", **options):
     """`op` as a function of whole arrays (q, k, v, bias, sinks), in the order of the sequence."""
     mesh = Mesh(np.asarray(jax.devices()[:devices]), ("context",))
+    of_bias = WHOLE if op is ulysses_attention else P(None, None, "context")
     ids = None if mask.q_segments is None else (mask.q_segments, mask.kv_segments)
     if op is not ulysses_attention:
         options |= {"layout": layout}
@@ -52,13 +53,14 @@ def spread(op, mask: Mask, devices: int, layout: str = "contiguous", **options):
         own = mask if ids is None else dataclasses.replace(mask, q_segments=ids[0], kv_segments=ids[1])
         return op(q, k, v, mask=own, bias=bias, sinks=sinks, **options)
 
-    inputs = (TOKENS, TOKENS, TOKENS, WHOLE, WHOLE, TOKENS)
+    inputs = (TOKENS, TOKENS, TOKENS, of_bias, WHOLE, TOKENS)
     over = jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=TOKENS, check_vma=False)
     if layout == "contiguous":
         return lambda *arrays: over(*arrays, ids)
 
     def permuted(q, k, v, bias, sinks):
         q, k, v, placed = jax.tree.map(lambda x: to_zigzag(x, devices), (q, k, v, ids))
+        bias = bias if bias is None else to_zigzag(to_zigzag(bias, devices, axis=2), devices, axis=3)
         return from_zigzag(over(q, k, v, bias, sinks, placed), devices)
 
     return permuted
@@ -118,6 +120,8 @@ def assert_equals_one_device(name: str, got: list[np.ndarray]):
         ("offset", 4, "zigzag", "keys", "reference"),
         ("bfloat16", 2, "zigzag", "keys", "chunked"),
         ("empty_row", 2, "contiguous", "keys", "reference"),
+        ("bias", 4, "contiguous", "keys", "chunked"),
+        ("bias", 2, "zigzag", "halves", "reference"),
     ],
 )
 def test_a_ring_equals_one_device(name, devices, layout, form, implementation):
@@ -157,10 +161,11 @@ def mosaic_ring(q, k, v, *, mask, bias, sinks, layout="contiguous"):
     return attend(Kernel(ring.forward, ring.backward), Scoring(q.shape[-1] ** -0.5), q, k, v, bias, sinks, mask)
 
 
-def test_the_kernel_for_tpus_makes_a_ring(monkeypatch):
+@pytest.mark.parametrize(("name", "layout"), [("causal", "zigzag"), ("bias", "contiguous")])
+def test_the_kernel_for_tpus_makes_a_ring(name, layout, monkeypatch):
     monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
-    arrays, mask = arrays_of(CASES["causal"])
-    assert_equals_one_device("causal", value_and_grads(spread(mosaic_ring, mask, 2, "zigzag"), arrays))
+    arrays, mask = arrays_of(CASES[name])
+    assert_equals_one_device(name, value_and_grads(spread(mosaic_ring, mask, 2, layout), arrays))
 
 
 @settings(max_examples=4, deadline=None)
@@ -225,8 +230,8 @@ def test_the_program_runs_the_chunks_that_are_counted(monkeypatch, layout, windo
 
 def test_what_a_ring_cannot_do_is_named():
     q, k, v, mask = CASES["causal"].arrays()
-    with pytest.raises(MeshloomError, match=r"no additive bias.*ulysses_attention takes one, and so does attention"):
-        ring_attention(q, k, v, mask=mask, bias=jnp.zeros((1, 1, LENGTH, LENGTH)))
+    with pytest.raises(MeshloomError, match=r"leave their bias behind; form='keys' and form='halves' take one"):
+        ring_attention(q, k, v, mask=mask, bias=jnp.zeros((1, 1, LENGTH, LENGTH)), form="queries")
     with pytest.raises(MeshloomError, match="no form 'star'; it has keys, halves, queries"):
         ring_attention(q, k, v, mask=mask, form="star")
     with pytest.raises(MeshloomError, match="no layout 'stripe'; it has contiguous, zigzag"):

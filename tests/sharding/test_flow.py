@@ -12,8 +12,9 @@ from jax.sharding import AbstractMesh
 
 from meshloom.core.errors import ShardingError
 from meshloom.core.topology import make_mesh
-from meshloom.models.config import DecoderConfig, MoEConfig
+from meshloom.models.config import DecoderConfig, EncoderDecoderConfig, MoEConfig
 from meshloom.models.decoder import Decoder
+from meshloom.models.encoder_decoder import EncoderDecoder
 from meshloom.models.presets import PRESETS
 from meshloom.sharding import derive
 from meshloom.sharding.algebra import BROADCAST, PARTIAL, Split
@@ -96,6 +97,20 @@ def test_so_do_its_variants(config, axes):
     said = flow_of(decoder(config), TOKENS, **axes)
     assert said.bytes_by_kind() == bytes_by_kind(compiled(decoder(config), TOKENS, in_scope=True, **axes))
     assert ("collective_permute" in said.bytes_by_kind()) == ("context" in axes)
+    assert not said.silent
+
+
+def test_keys_of_an_encoder_and_a_decoder_with_biases_go_round_as_the_compiler_has_them():
+    """In the encoder, in the decoder and between them, though the tokens of both have nothing to do with each other."""
+    sizes = {name: SIZES[name] for name in ("vocab_size", "d_model", "n_heads", "head_dim", "d_ff")}
+    config = EncoderDecoderConfig(**sizes, n_encoder_layers=2, n_decoder_layers=2, scan_layers=True)
+    module, mesh = nnx.eval_shape(lambda: EncoderDecoder(config, rngs=nnx.Rngs(0))), make_mesh("context=8")
+    layout = derive(module, mesh, TOKENS, TOKENS)
+    said, rows = flow(trace(module, (TOKENS, TOKENS)), layout), layout.batch_sharding(*TOKENS.shape)
+    with jax.set_mesh(mesh):
+        forward = jax.jit(constrained(module, layout), in_shardings=(layout.shardings, rows, rows))
+        program = forward.lower(nnx.state(module), TOKENS, TOKENS).compile({"xla_backend_optimization_level": 0})
+    assert said.bytes_by_kind()["collective_permute"] == bytes_by_kind(program)["collective_permute"] > 0
     assert not said.silent
 
 

@@ -35,11 +35,11 @@ def ring_attention(
     form: str = "keys",
     scale: float | int | None = None,
     soft_cap: float | int | None = None,
-    bias: Float[Array, "..."] | None = None,
+    bias: Float[Array, "#B #N T s"] | None = None,
     sinks: Float[Array, "N"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N Hv"]:
-    """`attention` over the tokens of all devices along `axis`, each with its own; differentiable in q, k, v and sinks.
+    """`attention` over the tokens of all devices along `axis`, each with its own, and as differentiable.
 
     Args:
         q, k, v: this device's tokens, in the order of `layout`.
@@ -47,19 +47,19 @@ def ring_attention(
         mask: of the whole sequence: `kv_lens` and `offset` count from its beginning; segments are this device's.
         layout: "contiguous" or "zigzag", see layouts.py; a causal mask takes about half as long in zigzag.
         form: "keys", "halves" or "queries": what travels, see ring.py.
-        bias: refused.
+        bias: of this device's queries; its columns are all keys, in the order of `layout` as well. "queries" has none.
         scale, soft_cap, sinks, implementation: as in `attention`.
     Returns:
         This device's rows in q's dtype; zeros for queries that may read no key.
-    Raises MeshloomError for a bias, heads or chunks that do not divide, and unknown forms and layouts.
+    Raises MeshloomError for heads or chunks that do not divide, unknown forms and layouts, and a bias that its queries
+    would leave behind.
     """
     check_heads(q.shape[2], k.shape[2])
     if form not in FORMS:
         raise MeshloomError(f"ring_attention: no form {form!r}; it has {', '.join(FORMS)}")
-    if bias is not None:
+    if bias is not None and form == "queries":
         raise MeshloomError(
-            "ring_attention has no additive bias, of which each device would hold the scores of its queries with all "
-            "keys; ulysses_attention takes one, and so does attention on a mesh"
+            "ring_attention: queries that travel leave their bias behind; form='keys' and form='halves' take one"
         )
     count = chunks_per_device(layout)
     if q.shape[1] % count or k.shape[1] % count:
@@ -68,9 +68,10 @@ def ring_attention(
             f"chunks of {layout}"
         )
     of_queries, of_keys = ((x.shape[0], x.shape[1] // count, *x.shape[2:]) for x in (q, k))
-    spec = AttentionSpec(of_queries, of_keys, v.shape[-1], str(q.dtype), None, mask)
+    bias_shape = None if bias is None else (*bias.shape[:2], of_queries[1], of_keys[1])
+    spec = AttentionSpec(of_queries, of_keys, v.shape[-1], str(q.dtype), bias_shape, mask)
     ring = Ring(axis, layout, form, select("attention", ATTENTION, spec, Target.of_mesh(), implementation).run)
-    return attend(Kernel(ring.forward, ring.backward), _scoring(q, scale, soft_cap), q, k, v, None, sinks, mask)
+    return attend(Kernel(ring.forward, ring.backward), _scoring(q, scale, soft_cap), q, k, v, bias, sinks, mask)
 
 
 @jax.named_scope("ulysses_attention")

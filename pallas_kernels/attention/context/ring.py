@@ -10,10 +10,12 @@ this one computes, and nothing that this one computes is needed to send it, so X
 * "queries": queries go one way round, and partial results straight back to their device, the other way (TokenRing).
   Less travels where there are as many kv heads as heads. The backward pass is that of "keys".
 
-The backward pass sends keys and values round again, and float32 sums of their gradients one step behind them.
+The backward pass sends keys and values round again, and float32 sums of their gradients one step behind them. An
+additive bias stays where its queries are, with a column for every key of the ring, and so does its gradient; queries
+that travel would leave it behind, so that "queries" has none.
 
-Shape legend: n devices, B batch, T and S this device's queries and keys, C chunks of them, N heads, K kv heads, H head
-    dim.
+Shape legend: n devices, B batch, T and S this device's queries and keys, s all keys, C chunks of a device, N heads, K
+    kv heads, H head dim.
 """
 
 import dataclasses
@@ -53,7 +55,7 @@ class Ring:
         q: Float[Array, "B T N H"],
         k: Float[Array, "B S K H"],
         v: Float[Array, "B S K Hv"],
-        bias: None,
+        bias: Float[Array, "#B #N T s"] | None,
         mask: Mask,
         scoring: Scoring,
         dtype: Any,
@@ -61,11 +63,14 @@ class Ring:
         """Equal to the kernel on one device up to rounding.
 
         Args:
+            bias: of this device's queries; its columns are the keys of all devices, one device after the other.
             mask: of the whole sequence, but with the segments of this device's tokens.
         Source: Liu et al. 2023, Ring Attention with Blockwise Transformers, section 3; Wang et al. 2024, TokenRing.
         """
-        run = self._send_queries if self.form == "queries" else self._send_keys
-        out, lse = run(q, k, v, mask, scoring)
+        if self.form == "queries":
+            out, lse = self._send_queries(q, k, v, mask, scoring)
+        else:
+            out, lse = self._send_keys(q, k, v, bias, mask, scoring)
         return out.astype(dtype), lse
 
     @jax.named_scope("ring")
@@ -74,53 +79,59 @@ class Ring:
         q: Float[Array, "B T N H"],
         k: Float[Array, "B S K H"],
         v: Float[Array, "B S K Hv"],
-        bias: None,
+        bias: Float[Array, "#B #N T s"] | None,
         mask: Mask,
         scoring: Scoring,
         lse: Float[Array, "B N T"],
         delta: Float[Array, "B N T"],
         d_out: Float[Array, "B T N Hv"],
         dtype: Any,
-    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"], None]:
+    ) -> tuple[
+        Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"], Float[Array, "#B #N T s"] | None
+    ]:
         """Gradients; sums over devices in float32. Of the n + 1 sums that travel for a key, the first are zeros."""
         streams, lengths, rank = self._streams(k.shape[1]), (q.shape[1], k.shape[1]), jax.lax.axis_index(self.axis)
 
         def visit(carry, moving, step):
-            dq, behind = carry
+            (dq, d_bias), behind = carry
             sums = _passed_on(self.axis, streams, behind)
             following = []
             for stream, (pairs, ids), d_pairs in zip(streams, moving, sums, strict=True):
 
-                def attend(sums, q_at, kv_at, own, pairs=pairs):
-                    dq, d_pairs = sums
-                    rows = q_at.of(q), *_unpaired(kv_at.of(pairs), q)
-                    of_rows = q_at.of(lse, 2), q_at.of(delta, 2), q_at.of(d_out)
-                    more, *of_keys = self.kernel.backward(*rows, None, own, scoring, *of_rows, jnp.float32)[:3]
-                    return q_at.put(dq, q_at.of(dq) + more), kv_at.put(d_pairs, kv_at.of(d_pairs) + _paired(*of_keys))
+                def attend(sums, at, own, pairs=pairs):
+                    dq, d_bias, d_pairs = sums
+                    rows = at.queries.of(q), *_unpaired(at.keys.of(pairs), q), at.of_bias(bias)
+                    of_rows = at.queries.of(lse, 2), at.queries.of(delta, 2), at.queries.of(d_out)
+                    more, *of_keys, of_bias = self.kernel.backward(*rows, own, scoring, *of_rows, jnp.float32)
+                    dq = at.queries.put(dq, at.queries.of(dq) + more)
+                    d_pairs = at.keys.put(d_pairs, at.keys.of(d_pairs) + _paired(*of_keys))
+                    return dq, at.put_bias(d_bias, of_bias), d_pairs
 
                 at_hand = dataclasses.replace(mask, kv_segments=ids)
-                ranks, start = (rank, rank - stream.way * step), (dq, jnp.zeros_like(d_pairs))
-                dq, new = self._over_pairs(ranks, lengths, stream.part, at_hand, attend, start)
+                ranks, start = (rank, rank - stream.way * step), (dq, d_bias, jnp.zeros_like(d_pairs))
+                dq, d_bias, new = self._over_pairs(ranks, lengths, stream.part, at_hand, attend, start)
                 # What arrived is added last, so that no product waits for it.
                 following.append(d_pairs + new)
-            return dq, following
+            return (dq, d_bias), following
 
         moving = self._parted(streams, k, v, mask)
-        start = jnp.zeros(q.shape, jnp.float32), [jnp.zeros(pairs.shape, jnp.float32) for pairs, _ in moving]
-        dq, sums = _round(self.axis, streams, moving, start, visit)
+        # Each place of the bias is met once; where the mask leaves nothing its gradient stays zero.
+        own = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (q, bias))
+        start = own, [jnp.zeros(pairs.shape, jnp.float32) for pairs, _ in moving]
+        (dq, d_bias), sums = _round(self.axis, streams, moving, start, visit)
         dk, dv = _unpaired(self._joined(_passed_on(self.axis, streams, sums)), q)
-        return dq.astype(dtype), dk.astype(dtype), dv.astype(dtype), None
+        return dq.astype(dtype), dk.astype(dtype), dv.astype(dtype), d_bias
 
     # -- forms --
 
-    def _send_keys(self, q, k, v, mask: Mask, scoring: Scoring):
+    def _send_keys(self, q, k, v, bias, mask: Mask, scoring: Scoring):
         """(out, lse), float32."""
         streams, lengths, rank = self._streams(k.shape[1]), (q.shape[1], k.shape[1]), jax.lax.axis_index(self.axis)
 
         def visit(carry, moving, step):
             for stream, (pairs, ids) in zip(streams, moving, strict=True):
                 at_hand = dataclasses.replace(mask, kv_segments=ids)
-                attend, ranks = self._merging(q, pairs, scoring), (rank, rank - stream.way * step)
+                attend, ranks = self._merging(q, pairs, bias, scoring), (rank, rank - stream.way * step)
                 carry = self._over_pairs(ranks, lengths, stream.part, at_hand, attend, carry)
             return carry
 
@@ -136,22 +147,22 @@ class Ring:
             following = _passed(self.axis, moving, 1) if step < size - 1 else moving
             home = _passed(self.axis, part, 1 - step) if step > 1 else part
             at_hand = dataclasses.replace(mask, q_segments=moving[1])
-            attend = self._merging(moving[0], pairs, scoring)
+            attend = self._merging(moving[0], pairs, None, scoring)
             part = self._over_pairs((rank - step, rank), lengths, whole, at_hand, attend, _of_no_key(q, v))
             # XLA would send all queries before the first step, and all partial results after the last one.
             moving, home, part = jax.lax.optimization_barrier((following, home, part))
             total = merge_partials(*total, *home)
         return merge_partials(*total, *_passed(self.axis, part, 1 - size))
 
-    def _merging(self, q, pairs, scoring: Scoring):
+    def _merging(self, q, pairs, bias, scoring: Scoring):
         """What adds the keys of one pair of chunks to (out, lse) of the queries at hand."""
 
-        def attend(carry, q_at, kv_at, own):
+        def attend(carry, at, own):
             out, lse = carry
-            k, v = _unpaired(kv_at.of(pairs), q)
-            part = self.kernel.forward(q_at.of(q), k, v, None, own, scoring, jnp.float32)
-            new, new_lse = merge_partials(q_at.of(out), q_at.of(lse, 2), *part)
-            return q_at.put(out, new), q_at.put(lse, new_lse, 2)
+            k, v = _unpaired(at.keys.of(pairs), q)
+            part = self.kernel.forward(at.queries.of(q), k, v, at.of_bias(bias), own, scoring, jnp.float32)
+            new, new_lse = merge_partials(at.queries.of(out), at.queries.of(lse, 2), *part)
+            return at.queries.put(out, new), at.queries.put(lse, new_lse, 2)
 
         return attend
 
@@ -160,7 +171,7 @@ class Ring:
     def _over_pairs(
         self, ranks: tuple[Any, Any], lengths: tuple[int, int], part: slice, mask: Mask, attend: Any, carry: Any
     ):
-        """`carry = attend(carry, queries, keys, mask)` for each pair of chunks between which the mask leaves anything.
+        """`carry = attend(carry, place, mask)` for each pair of chunks between which the mask leaves anything.
 
         Args:
             ranks: modulo n, whose queries and whose keys are at hand. part: which keys of each chunk.
@@ -173,18 +184,21 @@ class Ring:
         blocks = Blocks(q_length, kv_size, q_length, kv_size)
 
         def pair(carry, slots):
-            q_at, kv_at = _Rows(slots[0] * q_length, q_length), _Rows(slots[1] * kv_size, kv_size)
+            column = ranks[1] % size * lengths[1] + slots[1] * kv_length + part.start
+            at = _Place(
+                _Rows(slots[0] * q_length, q_length), _Rows(slots[1] * kv_size, kv_size), _Rows(column, kv_size)
+            )
             q_chunk, kv_chunk = (chunk_of(rank % size, slot, size) for rank, slot in zip(ranks, slots, strict=True))
             begin = kv_chunk * kv_length + part.start
             own = dataclasses.replace(
                 mask,
-                q_segments=None if mask.q_segments is None else q_at.of(mask.q_segments),
-                kv_segments=None if mask.kv_segments is None else kv_at.of(mask.kv_segments),
+                q_segments=None if mask.q_segments is None else at.queries.of(mask.q_segments),
+                kv_segments=None if mask.kv_segments is None else at.keys.of(mask.kv_segments),
                 kv_lens=None if mask.kv_lens is None else jnp.clip(mask.kv_lens - begin, 0, kv_size),
                 offset=first + q_chunk * q_length - begin if mask.causal or mask.window is not None else None,
             )
             wanted = jnp.any(blocks.seen(own, np.zeros((1, 2), np.int32)))
-            return jax.lax.cond(wanted, lambda x: attend(x, q_at, kv_at, own), lambda x: x, carry), None
+            return jax.lax.cond(wanted, lambda x: attend(x, at, own), lambda x: x, carry), None
 
         if count == 1:
             return pair(carry, (0, 0))[0]
@@ -241,6 +255,25 @@ class _Rows:
     def put(self, x: Any, new: Any, axis: int = 1) -> Any:
         """x with `new` there."""
         return jax.lax.dynamic_update_slice_in_dim(x, new, self.first, axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a pair of chunks lies: among the queries and the keys at hand, and among the columns of a bias."""
+
+    queries: _Rows
+    keys: _Rows
+    columns: _Rows
+
+    def of_bias(self, bias: Any) -> Any:
+        """The bias between the two chunks."""
+        return None if bias is None else self.columns.of(self.queries.of(bias, 2), 3)
+
+    def put_bias(self, bias: Any, new: Any) -> Any:
+        """The bias with `new` between the two chunks."""
+        if bias is None:
+            return None
+        return self.queries.put(bias, self.columns.put(self.queries.of(bias, 2), new, 3), 2)
 
 
 def _paired(k: Any, v: Any) -> Any:

@@ -146,7 +146,7 @@ class _Types:
     def _converted(self, equation: Any, operands: list[Any]) -> list[Any]:
         """The operands as the rules want them here; sums were made with the products."""
         index, step = self._steps.get(id(equation), (-1, None))
-        if step is None:
+        if step is None or id(equation) in self._regions:  # which move what they need themselves
             return operands
         for each in self._wanted[index]:
             for place, value in enumerate(step.inputs[: len(operands)]):

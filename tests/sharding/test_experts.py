@@ -163,7 +163,7 @@ def test_the_derived_layout_takes_no_more_than_the_experts(model, target, mesh):
 @needs_tpu
 @pytest.mark.slow
 def test_a_mixture_of_experts_moves_what_is_predicted():
-    """Gathers 65.0 MB of 64.0, sums over experts 4.21 of 4.21; XLA sums some small gradients whole."""
+    """Gathers 70.4 MB of 71.4, rows and sums of experts 8.45 of 8.46; XLA sums some small gradients whole."""
     sizes = {"n_layers": 2, "d_model": 512, "n_heads": 4, "n_kv_heads": 2, "head_dim": 128, "vocab_size": 4096}
     sizes |= {"d_ff": 1024, "moe": MoEConfig(n_experts=8, top_k=2, d_ff=1024)}
     mesh, length, where = "fsdp=4,expert=2", 512, parse_devices("v5e:2x4")

@@ -155,20 +155,19 @@ def test_rows_and_sums_of_experts_are_told_with_their_weights_and_place():
         assert "its own part of layers.scanned.0.mlp." in each.origin.reason
 
 
-class AllExperts(nnx.Module):
-    """A user's: every row through all experts, by products with [E, ...]."""
-
-    def __init__(self):
-        self.router, self.up = modules.weight(modules.D, 4), modules.weight(4, modules.F, modules.D)
-        self.down = modules.weight(4, modules.D, modules.F)
-
-    def __call__(self, x):
-        scores = jax.nn.softmax(x @ self.router)
-        inner = jax.nn.relu(jnp.einsum("btd,efd->btef", x, self.up[...]))
-        return x + jnp.einsum("btef,edf,bte->btd", inner, self.down[...], scores)
+@pytest.mark.parametrize("axes", [{"fsdp": 4, "expert": 2}, {"expert": 4, "tensor": 2}], ids=str)
+def test_experts_of_other_authors_stay_where_they_are(axes):
+    """XLA left to itself gathers them over `expert`. It returns rows to their devices before it sums over experts where
+    `tensor` splits nothing."""
+    said = flow_of(modules.AllExperts, HIDDEN, **axes).bytes_by_kind()
+    found = bytes_by_kind(compiled(modules.AllExperts, HIDDEN, **axes))
+    assert found["all_gather"] == said["all_gather"]
+    assert found == said or "tensor" not in axes
 
 
-@pytest.mark.parametrize("make", [AllExperts, lambda: modules.Experts("one_hot"), lambda: modules.ScannedGroups(4)])
+@pytest.mark.parametrize(
+    "make", [modules.AllExperts, lambda: modules.Experts("one_hot"), lambda: modules.ScannedGroups(4)]
+)
 @pytest.mark.parametrize("axes", [{"fsdp": 4, "expert": 2}, {"expert": 4, "tensor": 2}], ids=str)
 def test_rows_that_go_to_experts_of_other_authors_and_back_are_the_pair_rule_s(make, axes):
     said = strictly(make, **axes)

@@ -132,10 +132,10 @@ def _by_experts(value: Value, dealt: dict[Dim, str], roles: Roles, layout: Layou
     ways = math.prod(layout.mesh.shape[axis] for axis in rows)
 
     def entry(dim: Dim) -> Any:
-        (outermost, *_) = leaves(dim) or (None,)
-        if outermost in dealt:
-            return dealt[outermost]
-        is_batch = roles.by_leaf.get(outermost) == "batch" and dim.size % ways == 0
+        outermost = leaves(dim)[:1]
+        if axis := next((dealt[leaf] for leaf in outermost if leaf in dealt), None):
+            return axis
+        is_batch = any(roles.by_leaf.get(leaf) == "batch" for leaf in outermost) and dim.size % ways == 0
         return rows if is_batch else PartitionSpec.UNCONSTRAINED
 
     return NamedSharding(layout.mesh, PartitionSpec(*map(entry, value.dims)))

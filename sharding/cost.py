@@ -114,8 +114,8 @@ class Split:
 
     Attributes:
         ways: leaf -> {axis: ways}, by the pair rule alone.
-        rows: axes that split the rows of a batch. Over those of them that split a class as well, devices do their part
-            of the class for each other's rows.
+        rows: axes that split the rows of a batch. Over one that splits a class as well, devices do their parts of it
+            for each other's rows.
     """
 
     ways: Mapping[Dim, Mapping[str, int]]
@@ -134,14 +134,10 @@ class Split:
         return amount / math.prod(self.over(dims).values())
 
     def share(self, amount: float, dims: Leaves, over: Leaves = frozenset()) -> float:
-        """What one device has of `amount`, which grows with its own rows: a part of n, for the rows of n devices, where
-        an axis splits both; as much for each of these rows if it is kept for the parts of `over`."""
-        ways = [ways for axis, ways in self.over(dims).items() if axis not in self.rows]
-        return amount * self.sharing(over) / math.prod(ways)
-
-    def sharing(self, over: Leaves) -> int:
-        """How many devices with different rows share these classes."""
-        return math.prod(ways for axis, ways in self.over(over).items() if axis in self.rows)
+        """What one device has of `amount` of its own rows. Where an axis splits rows and `dims` it does a part in n for
+        the rows of n devices, which is as much; what is kept for all rows of the classes `over` is n times as much."""
+        parts = math.prod(ways for axis, ways in self.over(dims).items() if axis not in self.rows)
+        return amount / parts * math.prod(ways for axis, ways in self.over(over).items() if axis in self.rows)
 
 
 def split_of(work: Work, rows: Sequence[Row], mesh: Mapping[str, int], batch: Collection[str] = BATCH_AXES) -> Split:

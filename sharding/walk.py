@@ -235,11 +235,12 @@ class Walk:
                 if axis_of(factor) in (*BATCH_AXES, "context") and isinstance(state, Split)
             }
 
-        for value in region.inputs:
+        rows, out, chosen = region.inputs[0], region.outputs[0], region.inputs[2]
+        known = next(each for each in range(region.first, region.end) if chosen in self.program.steps[each].inputs)
+        for value in region.inputs:  # they move once it is known who wants them
             if value.kind != Kind.WEIGHT:
                 kept = {factor: state for factor, state in as_batch(value).items() if factor not in over}
-                self._convert(index, whole, value, kept)
-        rows, out = region.inputs[0], region.outputs[0]
+                self._convert(known, whole, value, kept)
         self.placements[out] = as_batch(rows) | dict.fromkeys(over, PARTIAL)
         self._sums[out] = self._provenance.of_region(whole, frozenset().union(*(each.parameters for each in weights)))
         self._convert(index, whole, out, as_batch(rows))

@@ -46,8 +46,8 @@ class Reduction:
 
 @dataclasses.dataclass(frozen=True)
 class Needed:
-    """Rows `kept` that every part of the classes `over` has to do with: where these are split over devices that have
-    different rows, each of them needs those of all, `bytes` at a time, in all trips."""
+    """Rows, of classes `kept`, that all parts of the classes `over` read: where these are split over devices that have
+    different rows, each needs those of all, in all trips."""
 
     over: Leaves
     kept: Leaves
@@ -60,7 +60,7 @@ class Saved:
     """An array kept from forward to backward; `layers` of them are stacked.
 
     Attributes:
-        over: classes whose parts each keep it for all rows that they have to do with, as experts do.
+        over: classes, as experts are: each part of them keeps it for the rows of all devices that have other parts.
     """
 
     bytes: float
@@ -183,7 +183,7 @@ class _Counter:
     """Walks the steps of a program in order.
 
     Attributes:
-        rooms: what regions keep rows in, for all parts of these classes.
+        rooms: classes that count the rows which a region keeps -> the classes whose parts keep them.
     """
 
     def __init__(self, program: Program, roles: dict[Dim, Role]):

@@ -150,9 +150,9 @@ class Spread:
         stored = [self._stored(each, spec) for each, spec, has in zip(matrices, specs, learns, strict=True) if has]
 
         def own(x, weights, chosen, *others):
-            *others, d_out = others
+            *held, d_out = others
             *rows, d_out = self._gathered((x, weights, chosen, d_out))
-            dx, d_weights, *found = flat(run, *rows, *others, d_out, first=self._first(others[0]), experts=experts)
+            dx, d_weights, *found = flat(run, *rows, *held, d_out, first=self._first(others[0]), experts=experts)
             learned = (each for each in found if each is not None)
             return *self._sum((dx, d_weights)), *map(self._sum_over_rows, learned, stored)
 

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from meshloom.models.language_model import LanguageModel
 from meshloom.models.language_model import load as load_model
-from meshloom.sharding.derive import derive
+from meshloom.sharding.derive import derive_served
 
 
 def load(
@@ -34,7 +34,7 @@ def load(
     """
 
     def placement(module: nnx.Module, example_inputs: tuple[Any, ...]) -> Any:
-        return derive(module, mesh, *example_inputs).shardings
+        return derive_served(module, mesh, *example_inputs).shardings
 
     options: dict[str, Any] = {"dtype": dtype, "scan_layers": scan_layers, "quantize": quantize}
     lm = load_model(source, placement=None if mesh is None else placement, **options)

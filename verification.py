@@ -150,9 +150,10 @@ def proposed_meshes(config: DecoderConfig, devices: int) -> list[dict[str, int]]
     length = row_length(config)
 
     def useful(axes: dict[str, int]) -> bool:
-        """Whether every axis splits something."""
+        """Whether every axis splits something, and `expert` experts."""
         layout = derive(module, abstract_mesh(axes, devices), jax.ShapeDtypeStruct((8, length), jnp.int32))
-        split = {axis for row in layout.rows for choice in row.choices for axis in choice.axes} | {"data"}
+        split = {axis for row in layout.rows for axis in row.paired} | {"data"}
+        split |= {axis for row in layout.rows for axis in row.stored if axis != "expert"}
         return all(axis in split or (axis == "context" and length % size == 0) for axis, size in axes.items())
 
     everything = sorted(_factorings(devices, AXES), key=_simple)

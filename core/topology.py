@@ -23,9 +23,11 @@ from meshloom.core.processes import joined
 # Outermost first: `data` may span slow links, `tensor` must not.
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 # Those over which rows of a batch lie, the outermost first.
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("data", "fsdp", "expert")
 # Those over which weights are stored in parts and gathered at use: they split tokens, and `data` keeps copies.
-STORE_AXES = ("fsdp", "context")
+STORE_AXES = ("fsdp", "expert", "context")
+# The same in serving: the rows of a step are whole over `expert`, and each would gather all weights for few rows.
+SERVED_STORE_AXES = ("fsdp", "context")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,7 @@ from meshloom.serve.progress import progress_bar
 from meshloom.serve.request import Completion, Delta, Draw, FinishReason, Request, SamplingParams, Usage
 from meshloom.serve.runner import Runner
 from meshloom.serve.sizing import size_cache, step_shapes
-from meshloom.sharding import derive
+from meshloom.sharding.derive import derive_served
 
 logger = logging.getLogger("meshloom.serve")
 
@@ -95,7 +95,7 @@ class Engine:
             cache_dtype=dtype,
             cache_lanes=self.cache.lanes,
             mesh=lm.mesh,
-            kv_heads_axis=None if lm.mesh is None else derive(lm.module, lm.mesh).kv_heads_spec,
+            kv_heads_axis=None if lm.mesh is None else derive_served(lm.module, lm.mesh).kv_heads_spec,
         )
         with progress_bar("compiling", len(shapes), quiet=quiet) as advance:
             self._runner.compile(advance)

@@ -19,7 +19,7 @@ from meshloom.models.source import abstract_module
 from meshloom.serve.config import EngineConfig
 from meshloom.serve.runner import Runner
 from meshloom.serve.sizing import size_cache, step_shapes
-from meshloom.sharding import derive
+from meshloom.sharding.derive import derive_served
 from meshloom.sharding.serving import WEIGHT_DTYPES, ServeCandidate, plan_serving
 from meshloom.sharding.workload import ServeWorkload
 
@@ -79,7 +79,7 @@ def lowered_steps(
         mesh: of one replica, over devices that need not be attached.
     """
     module = abstract_module(dataclasses.replace(config, scan_layers=False), jnp.bfloat16)
-    layout = derive(module, mesh)
+    layout = derive_served(module, mesh)
     placed = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         nnx.state(module, nnx.Param),

@@ -6,6 +6,9 @@ between layers where it should gather weights. Constraints on the residual strea
 a table or adds to it, prevent that. Where this is comes from the traced program (`trace`, `roles`): the module stays
 free of meshes, and values, gradients and recomputation are those of the module.
 
+Rows that lie over `expert` meet weights whose experts are dealt out over it. Products of the two are held to the
+experts, so that rows go to these: XLA left to itself may gather the experts.
+
 Layers inside scan, while, jit and checkpoint are reached. What stands in a custom derivative, a cond or a shard_map
 stays as it is.
 """
@@ -21,14 +24,14 @@ from flax import nnx
 from jax.extend.core import Jaxpr, JaxprEqn, Var, jaxpr_as_fun
 from jax.sharding import NamedSharding, PartitionSpec
 
-from meshloom.core.topology import axes_of
-from meshloom.sharding.classes import find, leaves, leaves_of
+from meshloom.core.topology import BATCH_AXES, axes_of
+from meshloom.sharding.classes import Dim, find, leaves, leaves_of
 from meshloom.sharding.layout import Layout
 from meshloom.sharding.lookup import Table, lookup
 from meshloom.sharding.module import is_array
 from meshloom.sharding.roles import Roles, infer
 from meshloom.sharding.trace import Program, Step, trace
-from meshloom.sharding.values import Kind, Lookup, Value
+from meshloom.sharding.values import Kind, Lookup, Product, Value
 
 # Primitives whose body runs as a part of the program around it, and the parameter that holds it.
 _BODIES = {"scan": "jaxpr", "while": "body_jaxpr", "jit": "jaxpr", "remat2": "jaxpr"}
@@ -102,7 +105,40 @@ def _wanted(program: Program, layout: Layout) -> dict[int, _Wanted]:
     for step in lookups:
         if (split := sharding(step.outputs[0])) is not None:
             held[id(step.equation)] = _of_table(step, split, program, layout)
+    for step in program.steps:
+        if dealt := _dealt(step, program, layout):
+            held[id(step.equation)] = _Wanted(_by_experts(step.outputs[0], dealt, roles, layout))
     return held
+
+
+def _dealt(step: Step, program: Program, layout: Layout) -> dict[Dim, str]:
+    """The classes of the result of a product with a weight that the pair rule splits over an axis of batches, with the
+    axis."""
+    if not isinstance(step.fact, Product):
+        return {}
+    weights = {index for value in step.inputs[:2] if value.kind == Kind.WEIGHT for index in value.parameters}
+    return {
+        leaves(dim)[0]: axis
+        for index in weights
+        for dim, choice in zip(program.parameters[index].dims, layout.rows[index].choices, strict=True)
+        for axis in choice.axes
+        if choice.rule == "pair" and axis in BATCH_AXES and leaves(dim)[0] in leaves_of(step.outputs[0].dims)
+    }
+
+
+def _by_experts(value: Value, dealt: dict[Dim, str], roles: Roles, layout: Layout) -> NamedSharding:
+    """Experts over their axis, rows over the others of the batch, and what else there is as XLA has it."""
+    rows = tuple(axis for axis in axes_of(layout.batch_spec[0]) if axis not in dealt.values())
+    ways = math.prod(layout.mesh.shape[axis] for axis in rows)
+
+    def entry(dim: Dim) -> Any:
+        outermost = leaves(dim)[:1]
+        if axis := next((dealt[leaf] for leaf in outermost if leaf in dealt), None):
+            return axis
+        is_batch = any(roles.by_leaf.get(leaf) == "batch" for leaf in outermost) and dim.size % ways == 0
+        return rows if is_batch else PartitionSpec.UNCONSTRAINED
+
+    return NamedSharding(layout.mesh, PartitionSpec(*map(entry, value.dims)))
 
 
 def _begins(step: Step, roles: Roles) -> bool:

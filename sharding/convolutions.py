@@ -37,13 +37,13 @@ def miscompiled(program: Program, rows: Sequence[Row], axes: Mapping[str, int]) 
 
 
 def _gradient(step: Step, row: Row, axes: Mapping[str, int]) -> str | None:
-    splitting = {*BATCH_AXES, *_POSITIONS, *_pair_axes(row)}
+    splitting = {*BATCH_AXES, *_POSITIONS, *row.paired}
     times = math.prod(size for axis, size in axes.items() if axis not in splitting)
     if step.equation.params["feature_group_count"] == 1 or times in (1, math.prod(axes.values())):
         return None
     return (
         f"XLA's partitioner makes the gradient of this grouped convolution {times} times too large, because {times} "
-        "devices do the same part of it. What would help: a mesh of data and fsdp alone, or a tensor axis that divides "
+        "devices do the same part of it. What would help: a mesh without a tensor axis, or a tensor axis that divides "
         "its channels"
     )
 
@@ -55,13 +55,9 @@ def _values(step: Step, row: Row, axes: Mapping[str, int]) -> str | None:
     spec = step.equation.params["dimension_numbers"].rhs_spec
     shape = step.equation.invars[1].aval.shape
     wide = any(shape[axis] > 1 for axis in spec[2:])
-    if not (wide and split(_POSITIONS) and "tensor" in _pair_axes(row)) or split(BATCH_AXES):
+    if not (wide and split(_POSITIONS) and "tensor" in row.paired) or split(BATCH_AXES):
         return None
     return (
         "XLA's partitioner computes this convolution wrongly where context splits its positions, tensor its channels "
         "and nothing its batch. What would help: a mesh with data or fsdp, or without context"
     )
-
-
-def _pair_axes(row: Row) -> set[str]:
-    return {axis for choice in row.choices if choice.rule == "pair" for axis in choice.axes}

@@ -3,10 +3,12 @@
 Compute is a roofline per group of products: FLOPs over the peak times the chip's one efficiency constant, or bytes over
 the bandwidth of its memory, whichever takes longer. Collectives follow from what the rules split:
 
-* `fsdp`, `context`: weights are gathered where they are used, in forward and again in backward when a scan runs over
-  them; their gradients are reduce-scattered, those of weights that an axis does not split are all-reduced over it.
-* `tensor`, `expert`: each product that contracts a split class leaves partial sums, reduced once (the all-reduce, or
-  the reduce-scatter and all-gather that XLA may make of it, which moves as much).
+* `fsdp`, `expert`, `context`: weights are gathered where they are used, in forward and again in backward when a scan
+  runs over them; their gradients are reduce-scattered, those of weights that an axis does not split are all-reduced.
+* `tensor`: each product that contracts a split class leaves partial sums, reduced once (the all-reduce, or the
+  reduce-scatter and all-gather that XLA may make of it, which moves as much).
+* `expert`: rows are gathered to the devices whose experts they may want, and the sums of what these make are
+  reduce-scattered. Where rows are whole over it, as in serving, it is as `tensor`.
 * `data`: gradients are all-reduced.
 * `context`: keys and values go round a ring, and on the way back with float32 sums of their gradients.
 
@@ -25,7 +27,7 @@ import numpy as np
 from meshloom.core.errors import ConfigError
 from meshloom.core.hardware import Chip
 from meshloom.core.program_report import Collective
-from meshloom.core.topology import AXES, STORE_AXES, Devices, network
+from meshloom.core.topology import AXES, BATCH_AXES, STORE_AXES, Devices, network
 from meshloom.sharding import collectives
 from meshloom.sharding.classes import Dim, find
 from meshloom.sharding.collectives import Kind, Span, axis_spans
@@ -108,9 +110,16 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """How a mesh divides the classes of a work: leaf -> {axis: ways}, by the pair rule alone."""
+    """How a mesh divides the classes of a work.
+
+    Attributes:
+        ways: leaf -> {axis: ways}, by the pair rule alone.
+        rows: axes that split the rows of a batch. Over one that splits a class as well, devices do their parts of it
+            for each other's rows.
+    """
 
     ways: Mapping[Dim, Mapping[str, int]]
+    rows: Collection[str]
 
     def over(self, dims: Leaves) -> dict[str, int]:
         """Axis -> ways in which these classes are split together."""
@@ -120,13 +129,23 @@ class Split:
                 found[axis] = found.get(axis, 1) * ways
         return found
 
-    def share(self, amount: float, dims: Leaves) -> float:
-        """What one device has of `amount`."""
+    def of_weights(self, amount: float, dims: Leaves) -> float:
+        """What one device has of `amount`, which does not grow with the rows."""
         return amount / math.prod(self.over(dims).values())
 
+    def share(self, amount: float, dims: Leaves, over: Leaves = frozenset()) -> float:
+        """What one device has of `amount` of its own rows. Where an axis splits rows and `dims` it does a part in n for
+        the rows of n devices, which is as much; what is kept for all rows of the classes `over` is n times as much."""
+        parts = math.prod(ways for axis, ways in self.over(dims).items() if axis not in self.rows)
+        return amount / parts * math.prod(ways for axis, ways in self.over(over).items() if axis in self.rows)
 
-def split_of(work: Work, rows: Sequence[Row], mesh: Mapping[str, int]) -> Split:
-    """Follows what the pair rule split in each weight to the classes of the program: outermost factors first."""
+
+def split_of(work: Work, rows: Sequence[Row], mesh: Mapping[str, int], batch: Collection[str] = BATCH_AXES) -> Split:
+    """Follows what the pair rule split in each weight to the classes of the program: outermost factors first.
+
+    Args:
+        batch: axes that split the rows of a batch.
+    """
     ways: dict[Dim, dict[str, int]] = {}
     for row, dims in zip(rows, work.leaves, strict=True):
         for choice, factors in zip(row.choices, dims, strict=True):
@@ -139,7 +158,7 @@ def split_of(work: Work, rows: Sequence[Row], mesh: Mapping[str, int]) -> Split:
                 if taken > 1:
                     ways.setdefault(leaf, {})[axis] = taken
                 left //= taken
-    return Split(ways)
+    return Split(ways, batch)
 
 
 class Pricer:
@@ -157,13 +176,13 @@ class Pricer:
         """Roofline of every group with `rows` rows on this device, `parts` times."""
         scale = rows / work.rows
         totals: dict[str, list[float]] = {}
-        for table, index, factor in (
-            (work.flops, 0, scale),
-            (work.activation_bytes, 1, scale),
-            (work.weight_bytes, 1, 1.0),
+        for table, index, share, factor in (
+            (work.flops, 0, split.share, scale),
+            (work.activation_bytes, 1, split.share, scale),
+            (work.weight_bytes, 1, split.of_weights, 1.0),
         ):
             for (group, dims), amount in table.items():
-                totals.setdefault(group, [0.0, 0.0])[index] += split.share(amount, dims) * factor * parts
+                totals.setdefault(group, [0.0, 0.0])[index] += share(amount, dims) * factor * parts
         return tuple(self.group(name, flops, moved) for name, (flops, moved) in totals.items())
 
     def group(self, name: str, flops: float, moved: float) -> GroupCost:
@@ -172,12 +191,19 @@ class Pricer:
         return GroupCost(name, flops, moved, max(compute, memory), "compute" if compute >= memory else "memory")
 
     def partial_sums(self, work: Work, split: Split, rows: float | int, parts: float | int = 1) -> list[CollectiveCost]:
-        """The reductions that split classes cause."""
+        """The reductions that split classes cause, and the gathers of rows where rows are split as well."""
         found = []
         for each in work.reductions:
-            amount = split.share(each.bytes, each.kept) * rows / work.rows
-            if axes := split.over(each.over):
-                found.append(self.collective("all_reduce", tuple(axes), "partial sums", amount, each.trips * parts))
+            amount, times = split.share(each.bytes, each.kept) * rows / work.rows, each.trips * parts
+            over = split.over(each.over)
+            if scattered := tuple(axis for axis in over if axis in split.rows):
+                found.append(self.collective("reduce_scatter", scattered, "partial sums", amount, times))
+            if summed := tuple(axis for axis in over if axis not in split.rows):
+                found.append(self.collective("all_reduce", summed, "partial sums", amount, times))
+        for need in work.needed:
+            amount, times = split.share(need.bytes, need.kept, need.over) * rows / work.rows, need.trips * parts
+            if gathered := tuple(axis for axis in split.over(need.over) if axis in split.rows):
+                found.append(self.collective("all_gather", gathered, "partial sums", amount, times))
         return found
 
     def rings(
@@ -255,7 +281,8 @@ class Pricer:
                 whole = layer_elements(row, self.mesh) * item
                 found.append(self.collective("all_gather", stored, "weights", whole, uses * layers * parts))
                 found.append(self.collective("reduce_scatter", stored, "gradients", shard, layers * parts))
-            for axis, times in (*((axis, parts) for axis in STORE_AXES if axis not in stored), ("data", reductions)):
+            whole_over = (axis for axis in STORE_AXES if axis not in (*stored, *row.paired))
+            for axis, times in (*((axis, parts) for axis in whole_over), ("data", reductions)):
                 if self.mesh.get(axis, 1) > 1:
                     found.append(self.collective("all_reduce", axis, "gradients", shard, layers * times))
         return found
@@ -276,8 +303,9 @@ class Pricer:
 
 
 def _purpose(each: Collective) -> Purpose:
-    """What a compiled collective is for, by its axes and kind."""
-    if {"tensor", "expert"} & {*each.axes}:
+    """What a compiled collective is for, by its axes and kind. What crosses `expert` alone is taken as rows of experts,
+    though weights do so as well where nothing else stores them."""
+    if "tensor" in each.axes or each.axes == ("expert",):
         return "partial sums"
     if each.kind == "collective_permute" and "context" in each.axes:
         return "keys"

@@ -4,12 +4,14 @@ No parameter name, annotation or rule of the user's takes part. The way is `trac
 dimensions), `roles` (what each dimension is for), `rules` (which are split over what).
 """
 
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from flax import linen, nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from meshloom.core.errors import ShardingError
+from meshloom.core.topology import SERVED_STORE_AXES, STORE_AXES
 from meshloom.sharding.convolutions import miscompiled
 from meshloom.sharding.layout import Layout, automatic
 from meshloom.sharding.roles import infer
@@ -34,6 +36,21 @@ def derive(
     Raises:
         ShardingError: an unknown mesh axis, no example inputs, or a module that cannot be traced with them.
     """
+    return _derived(module, mesh, example_inputs, keywords, STORE_AXES)
+
+
+def derive_served(module: nnx.Module, mesh: Mesh | AbstractMesh, *example_inputs: Any) -> Layout:
+    """As `derive`, for a module that is served: what does not belong to an expert is whole over `expert`."""
+    return _derived(module, mesh, example_inputs, {}, SERVED_STORE_AXES)
+
+
+def _derived(
+    module: nnx.Module | linen.Module,
+    mesh: Mesh | AbstractMesh,
+    example_inputs: Sequence[Any],
+    keywords: Mapping[str, Any],
+    storing: Collection[str],
+) -> Layout:
     mesh = automatic(mesh)
     if not example_inputs:
         if not hasattr(module, "example_inputs"):
@@ -43,6 +60,6 @@ def derive(
             )
         example_inputs = module.example_inputs()
     program = trace(module, example_inputs, keywords)
-    rows, kv_heads_axis = decide(program, infer(program), dict(mesh.shape))
+    rows, kv_heads_axis = decide(program, infer(program), dict(mesh.shape), storing)
     wrong = miscompiled(program, rows, dict(mesh.shape))
     return Layout(mesh, rows, kv_heads_axis, dict(program.unknown), program.treedef, wrong)

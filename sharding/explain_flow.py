@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 
 from meshloom.core.errors import ShardingError
+from meshloom.core.topology import BATCH_AXES
 from meshloom.sharding.algebra import Split, local_bytes, text
 from meshloom.sharding.classes import cuts, leaves
 from meshloom.sharding.explain import bytes_text, spec_text
@@ -197,11 +198,11 @@ def _alternatives(known: Flow, roles: Roles, step: Step) -> Iterator[Whole]:
         if isinstance(state, Split):
             leaf = next(iter(leaves(value.dims[state.dimension])), None)
             role = "feature" if leaf is None else roles.by_leaf.get(leaf, "feature")
-            rule = _SPLIT_BY.get(axis_of(axis), "by the pair rule")
+            rule = "by the pair rule" if role == "expert" else _SPLIT_BY.get(axis_of(axis), "by the pair rule")
             yield Whole(axis, state.dimension, role, rule, held * mesh[axis])
 
 
-_SPLIT_BY = {"data": "as the batch is", "fsdp": "as the batch is", "context": "as the tokens are"}
+_SPLIT_BY = dict.fromkeys(BATCH_AXES, "as the batch is") | {"context": "as the tokens are"}
 
 
 def _runner_up(known: Flow, index: int, dimension: int) -> RunnerUp | None:

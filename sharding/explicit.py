@@ -144,13 +144,13 @@ class _Types:
         return [read(atom) for atom in jaxpr.outvars]
 
     def _converted(self, equation: Any, operands: list[Any]) -> list[Any]:
-        """The operands as the rules want them here; sums were made with the products."""
+        """The operands as the rules want them here; sums were made with the products, whole if they are to be split."""
         index, step = self._steps.get(id(equation), (-1, None))
-        if step is None:
+        if step is None or id(equation) in self._regions:  # which move what they need themselves
             return operands
         for each in self._wanted[index]:
             for place, value in enumerate(step.inputs[: len(operands)]):
-                if value == each.value and each.before != PARTIAL:
+                if value == each.value and (each.before != PARTIAL or isinstance(each.after, Split)):
                     operands[place] = jax.sharding.reshard(operands[place], _moved(operands[place], each))
         return operands
 
@@ -177,9 +177,11 @@ class _Types:
         """One equation by JAX's rules; products and reshapes are told what becomes of split dimensions."""
         params = dict(equation.params)
         spec = None if step is None else self._spec(step.outputs[0])
-        if spec is not None:  # what is whole may be cut as the result is, which moves nothing
+        if spec is not None:  # what is whole, or was gathered, may be cut as the result is, which moves nothing
             shape = equation.outvars[0].aval.shape
-            operands = [jax.sharding.reshard(x, spec) if jnp.shape(x) == shape and _whole(x) else x for x in operands]
+            operands = [
+                jax.sharding.reshard(x, spec) if jnp.shape(x) == shape and _cut(x, spec) else x for x in operands
+            ]
         for name in ("out_sharding", "sharding"):
             told = name in params and params[name] is None and operands
             if told and spec is not None and self._line() not in self._unwanted_sums:
@@ -285,6 +287,12 @@ def _moved(x: Any, each: Conversion) -> PartitionSpec:
     if isinstance(each.after, Split):
         dims[each.after.dimension] += each.axes
     return PartitionSpec(*(axes or None for axes in dims))
+
+
+def _cut(x: Any, spec: PartitionSpec) -> bool:
+    """Whether a slice of what each device has of `x` lies as `spec` says."""
+    pairs = zip(map(axes_of, jax.typeof(x).sharding.spec), map(axes_of, spec), strict=True)
+    return all(after[: len(before)] == before for before, after in pairs)
 
 
 def _whole(x: Any) -> bool:

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from rich.table import Table
 
 from meshloom.core.errors import ShardingError
-from meshloom.core.topology import AXES, BATCH_AXES
+from meshloom.core.topology import AXES, BATCH_AXES, axes_of
 from meshloom.sharding.roles import Role
 
 Rule = Literal["pair", "store"]
@@ -62,6 +62,11 @@ class Row:
     def stored(self) -> tuple[str, ...]:
         """The axes over which the store rule splits it."""
         return next((choice.axes for choice in self.choices if choice.rule == "store"), ())
+
+    @property
+    def paired(self) -> tuple[str, ...]:
+        """The axes over which the pair rule splits it."""
+        return tuple(axis for choice in self.choices if choice.rule == "pair" for axis in choice.axes)
 
     @property
     def rule(self) -> str:
@@ -114,8 +119,8 @@ class Layout:
 
     @functools.cached_property
     def batch_spec(self) -> PartitionSpec:
-        """The spec of token batches `[B, T]`: rows over `data` and `fsdp`, tokens over `context`, where the mesh has
-        them."""
+        """The spec of token batches `[B, T]`: rows over `data`, `fsdp` and `expert`, tokens over `context`, where the
+        mesh has them."""
         axes = tuple(axis for axis in BATCH_AXES if self.mesh.shape.get(axis, 1) > 1)
         return PartitionSpec(axes or None, "context" if self.context_ways > 1 else None)
 
@@ -133,10 +138,10 @@ class Layout:
         """The sharding of token batches `[batch, length]`; None leaves the length unchecked.
 
         Raises:
-            ShardingError: `batch` rows do not divide over the `data` and `fsdp` axes, or `length` over `context`.
+            ShardingError: `batch` rows do not divide over the axes of batches, or `length` over `context`.
         """
         if batch % self.batch_ways:
-            raise _uneven(f"a batch of {batch} rows", batch, "data x fsdp", self.batch_ways)
+            raise _uneven(f"a batch of {batch} rows", batch, " x ".join(axes_of(self.batch_spec[0])), self.batch_ways)
         if length is not None and length % self.context_ways:
             raise _uneven(f"a row of {length} tokens", length, "context", self.context_ways)
         return NamedSharding(self.mesh, self.batch_spec)

@@ -97,15 +97,15 @@ class Measures:
     def __init__(self, shown: Sketch):
         self.shown = shown
         self.renderer: Any = FigureCanvasAgg(Figure(figsize=(1, 1), dpi=DPI)).get_renderer()
-        self.rules = {
-            cut.axis: PAIR if cut.rule == "pair" else STORE
+        self.cuts = [
+            cut
             for frame in shown.frames
             for branch in frame.branches
             for column in branch.columns
             for weight in column.weights
             for side in sides_of(weight)
             for cut in side.cuts
-        }
+        ]
         sizes = [
             side.size
             for frame in shown.frames
@@ -189,11 +189,11 @@ class Measures:
 
     def legend(self) -> list[tuple[str, str]]:
         """What colours mean: colour and text."""
-        axes = {rule: [axis for axis, color in self.rules.items() if color == rule] for rule in (PAIR, STORE)}
+        axes = {rule: dict.fromkeys(each.axis for each in self.cuts if each.rule == rule) for rule in ("pair", "store")}
         columns = [each for frame in self.shown.frames for branch in frame.branches for each in branch.columns]
         entries = [
-            *([(PAIR, f"pair rule: {', '.join(axes[PAIR])}")] if axes[PAIR] else []),
-            *([(STORE, f"store rule, gathered at use: {', '.join(axes[STORE])}")] if axes[STORE] else []),
+            *([(PAIR, f"pair rule: {', '.join(axes['pair'])}")] if axes["pair"] else []),
+            *([(STORE, f"store rule, gathered at use: {', '.join(axes['store'])}")] if axes["store"] else []),
             (PIECE, "on device 0"),
         ]
         if any(each.cause == "silent" for column in columns for each in column.moved):

@@ -251,8 +251,8 @@ def price_mesh(
     if workload.rows % ways or workload.sequence_length % mesh.get("context", 1):
         return
     rules, _ = decide(traced.program, traced.roles, mesh)
-    used = {axis for row in rules for choice in row.choices for axis in choice.axes}
-    if any(mesh.get(axis, 1) > 1 and axis not in used for axis in ("tensor", "expert")):
+    paired = {axis for row in rules for axis in row.paired}
+    if any(mesh.get(axis, 1) > 1 and axis not in paired for axis in ("tensor", "expert")):
         return
     pricer = Pricer(chip, devices, mesh, workload.dtype)
     none_split = split_of(traced.steps["none"], rules, mesh)
@@ -319,10 +319,12 @@ def _memory(
     item = np.dtype(workload.dtype).itemsize
     rows = microbatch / mesh.get("context", 1)
     scale = rows / work.rows
-    saved = sum((split.share(each.bytes, each.dims) for each in work.saved), 0.0)
+    saved = sum((split.share(each.bytes, each.dims, each.over) for each in work.saved), 0.0)
     # Backward through one layer holds what that layer would save without remat.
     layer = sum(
-        none_split.share(each.bytes, each.dims) / each.layers for each in traced.steps["none"].saved if each.layers > 1
+        none_split.share(each.bytes, each.dims, each.over) / each.layers
+        for each in traced.steps["none"].saved
+        if each.layers > 1
     )
     gathered = sum(gathered_elements(row, mesh) for row in rules)
     # Gradients in the computation's dtype stand beside those of earlier parts that they are added to. Those of one part
@@ -351,8 +353,9 @@ def _no_mesh(devices: Devices, workload: TrainWorkload, mesh: Mapping[str, int] 
         ways = math.prod(mesh.get(axis, 1) for axis in BATCH_AXES)
         nearest = max(workload.rows // ways, 1) * ways
         return (
-            f"mesh {dict(mesh)} cannot be used: {workload.rows} rows over data x fsdp = {ways} devices, or an axis "
-            f"that splits no weight; use a batch of {nearest * workload.sequence_length} tokens, or another mesh"
+            f"mesh {dict(mesh)} cannot be used: {workload.rows} rows over {' x '.join(BATCH_AXES)} = {ways} devices, "
+            f"or a tensor or expert axis that no pair is split over; use a batch of "
+            f"{nearest * workload.sequence_length} tokens, or another mesh"
         )
     return (
         f"no mesh of {devices.count} devices takes {workload.rows} rows of {workload.sequence_length} tokens: use a "

@@ -4,7 +4,8 @@ What the two rules of layouts intend:
 
 * *store*: a weight that the store rule splits is gathered where it meets an activation; rows of a table that is split
   by columns come from where they are stored.
-* *pair*, *vocab*: a product or a lookup over a dimension that the pair rule splits leaves sums to be made.
+* *pair*, *vocab*: a product or a lookup over a dimension that the pair rule splits leaves sums to be made. Rows of a
+  batch that lie over `expert` go to all that hold experts, or what these make of them comes back.
 * *context*: keys and values go round a ring; any other product of two activations needs one of them for all tokens,
   or sums over them.
 * *reduction*: sums and maxima over a split dimension, as in a softmax; they are small.
@@ -101,6 +102,11 @@ class Provenance:
         """Whether the store rule splits a weight over the axis, or what the weight is made of."""
         return any(axis in self._stored[index] for index in value.parameters)
 
+    def is_paired(self, value: Value, dimension: int, axis: str) -> bool:
+        """Whether a dimension that is split over the axis is one of those that the pair rule splits."""
+        held = self._holders.keys() & leaves_of([value.dims[dimension]])
+        return bool(held) and not self.is_stored(value, axis)
+
     def note(self, step: Step) -> None:
         """Remembers what made the results of a step: its equation, or that of what it hands on."""
         made = (self._makers.get(value) for value in step.inputs)
@@ -147,8 +153,9 @@ class Provenance:
         reason = f"columns of {self._names(table.parameters)} are looked up where they are stored"
         return Origin("store", reason, table.parameters, *self._place(step, step.outputs[0]))
 
-    def of_operand(self, step: Step, value: Value, axes: tuple[str, ...], old: State, new: State) -> Origin:
-        """Of the conversion of a split operand to what a step needs."""
+    def of_operand(self, step: Step, value: Value, axes: tuple[str, ...], old: State, new: State, met: bool) -> Origin:
+        """Of the conversion of a split operand to what a step needs; `met` if over these axes it meets what the pair
+        rule splits over them."""
         place = self._place(step, value)
         name = self._names(value.parameters) if value.kind == Kind.WEIGHT else "an activation"
         what = f"{name} {[dim.size for dim in value.dims]}"
@@ -159,6 +166,9 @@ class Provenance:
         activations = all(each.kind == Kind.ACTIVATION for each in step.inputs[:2])
         if axes == ("context",) and isinstance(step.fact, Product) and activations and new == BROADCAST:
             return Origin("context", f"{what} is needed for all tokens by {operator}", value.parameters, *place)
+        if met and value.kind == Kind.ACTIVATION:
+            reason = f"{what} is {old} over {', '.join(axes)}, and meets what the pair rule splits over it"
+            return Origin("pair", reason, value.parameters, *place)
         wanted = "whole" if new == BROADCAST else f"as {new}"
         reason = f"{what} is {old} over {', '.join(axes)}, but {operator} needs it {wanted}"
         return Origin("silent", reason, value.parameters, *place)

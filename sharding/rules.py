@@ -7,8 +7,9 @@ projection divide by K, or by K and then G, never by H; kv heads stay replicated
 picked by expert are split over `expert`; a router is not, for its choice needs all scores. What the program cuts open
 (the rows of a fused `[q | k | v]`) is never split across the cut.
 
-**Store rule.** Of the dimensions left the largest that divides is split over `fsdp` and `context` together and gathered
-where it is used; where none divides by both, over the one with more devices. The vocabulary yields to the residual:
+**Store rule.** Of the dimensions left the largest that divides is split over `fsdp`, `expert` and `context` together
+and gathered where it is used; where none divides by all, over those with the most devices that one divides by. An axis
+that deals a weight's experts out does not store it as well. The vocabulary yields to the residual:
 rows of it that are split tempt XLA to gather activations instead, and the gradient of the table is then summed whole;
 and columns are what `lookup.py` looks up. Vectors stay replicated: a gather costs more time than their bytes are worth.
 A vector has one dimension besides the stack, or it is spread over several: it is only ever added or multiplied element
@@ -21,7 +22,7 @@ positions `[T, D]` is none, for no weight produces its rows. A stack of layers i
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -43,15 +44,18 @@ class Split:
     reason: str
 
 
-def decide(program: Program, roles: Roles, axes: Mapping[str, int]) -> tuple[tuple[Row, ...], str | None]:
+def decide(
+    program: Program, roles: Roles, axes: Mapping[str, int], storing: Collection[str] = STORE_AXES
+) -> tuple[tuple[Row, ...], str | None]:
     """Applies both rules.
 
     Args:
         axes: mesh axis -> size.
+        storing: the axes of the store rule.
     Returns:
         a row per parameter, and the axis over which KV pages are split by kv head, or None.
     """
-    rules = _Rules(program, roles, axes)
+    rules = _Rules(program, roles, axes, storing)
     rules.split_experts()
     rules.split_pairs()
     rules.store()
@@ -75,10 +79,11 @@ def divides(run: Sequence[Dim], ways: int) -> bool:
 class _Rules:
     """The decisions so far: `splits` per parameter and dimension, and why other dimensions were passed over."""
 
-    def __init__(self, program: Program, roles: Roles, axes: Mapping[str, int]):
+    def __init__(self, program: Program, roles: Roles, axes: Mapping[str, int], storing: Collection[str]):
         self.parameters = program.parameters
         self.roles = roles
         self.axes = axes
+        self.storing = storing
         self.splits: list[dict[int, Split]] = [{} for _ in program.parameters]
         self.refusals: dict[Place, str] = {}
 
@@ -170,11 +175,12 @@ class _Rules:
         vocabulary."""
         for index in range(len(self.parameters)):
             if not self._is_vector(index):
-                next(filter(None, (self._stored_over(index, axes) for axes in self._storing())), None)
+                next(filter(None, (self._stored_over(index, axes) for axes in self._storing(index))), None)
 
-    def _storing(self) -> list[tuple[str, ...]]:
+    def _storing(self, index: int) -> list[tuple[str, ...]]:
         """Axes that may store a weight together, those with the most devices first."""
-        present = [axis for axis in STORE_AXES if self._ways(axis) > 1]
+        paired = {axis for split in self.splits[index].values() if split.rule == "pair" for axis in split.axes}
+        present = [axis for axis in self.storing if self._ways(axis) > 1 and axis not in paired]
         groups = (axes for count in range(len(present), 0, -1) for axes in itertools.combinations(present, count))
         return sorted(groups, key=self._devices, reverse=True)
 
@@ -232,11 +238,11 @@ class _Rules:
 
     def _not_stored(self, index: int, dimension: int) -> str:
         """Why the store rule left a dimension whole."""
-        storing, splits = self._storing(), self.splits[index]
+        storing, splits = self._storing(index), self.splits[index]
         if self._role(index, dimension) == "stack":
             return "a stack of layers: every device runs every layer"
         if not storing:
-            return "the mesh has no fsdp axis to store it over"
+            return "the mesh has no axis left to store it over"
         if self._is_vector(index):
             return "a vector: gathering it would cost more time than its bytes are worth"
         for stored, split in splits.items():

@@ -18,7 +18,7 @@ from flax import nnx
 from meshloom.core.errors import ShardingError
 from meshloom.core.hardware import Chip, chip_named
 from meshloom.core.program_report import ProgramReport
-from meshloom.core.topology import Devices
+from meshloom.core.topology import SERVED_STORE_AXES, Devices
 from meshloom.sharding.cost import Breakdown, Memory, Pricer, Split, elements, split_of
 from meshloom.sharding.layout import Row
 from meshloom.sharding.planner import RESERVE, meshes
@@ -152,9 +152,9 @@ def plan_serving(
     for mesh in meshes(devices.count, experts=experts):
         if mesh["fsdp"] > 1:
             continue
-        rules, kv_axis = decide(program, roles, mesh)
-        used = {axis for row in rules for choice in row.choices for axis in choice.axes}
-        if any(mesh.get(axis, 1) > 1 and axis not in used for axis in ("tensor", "expert")):
+        rules, kv_axis = decide(program, roles, mesh, SERVED_STORE_AXES)
+        paired = {axis for row in rules for axis in row.paired}
+        if any(mesh.get(axis, 1) > 1 and axis not in paired for axis in ("tensor", "expert")):
             continue
         local = cached / (mesh[kv_axis] if kv_axis else 1)
         found += _price(work, rules, mesh, devices, chip, workload, local, wanted, kv_dtypes, weight_dtypes)
@@ -183,7 +183,7 @@ def _price(
     kv_dtypes: Sequence[str],
     weight_dtypes: Sequence[str],
 ) -> Iterator[ServeCandidate]:
-    split = split_of(work, rules, mesh)
+    split = split_of(work, rules, mesh, ())  # every device has all rows of a step
     pricer = Pricer(chip, devices, mesh, "bfloat16")
     length = workload.input_length + workload.output_length
     replicas = mesh["data"]

@@ -112,7 +112,7 @@ class Walk:
     # -- what enters --
 
     def _as_batch(self, value: Value) -> dict[str, State]:
-        """Rows over `data` and `fsdp`, tokens over `context`, where these are the value's first two dimensions."""
+        """Rows and tokens as batches have them, where these are the value's first two dimensions."""
         rows = self.program.inputs[0].dims[:1]
         placement: dict[str, State] = {}
         if list(map(find, value.dims[:1])) != list(map(find, rows)):
@@ -214,39 +214,38 @@ class Walk:
         self._hand_on(step, [Signature((Split(0), BROADCAST), (PARTIAL,))] if held else [])
 
     def _within(self, index: int, step: Step, region: Region) -> None:
-        """Nothing moves before the last step: weights have arrived gathered, and one sum over the axes that split them
-        otherwise makes the result."""
+        """Nothing moves before the last step: weights have arrived gathered. Over the axes that split them otherwise,
+        rows that lie over these as well are gathered, and one sum makes the result as the rows were."""
         for value in step.outputs:
             self.placements[value] = {}
         if index + 1 < region.end:
             return
         whole = Step(region.inputs, region.outputs, equation=region.equation)
         self._read(whole)
+        weights = [value for value in region.inputs if value.kind == Kind.WEIGHT]
         over: set[str] = set()
-        for value in region.inputs:
-            held = self.placements[value]
-            if value.kind == Kind.WEIGHT:
-                kept = {
-                    factor: state
-                    for factor, state in held.items()
-                    if not self._provenance.is_stored(value, axis_of(factor))
-                }
-                over |= kept.keys()
-            else:
-                kept = {
-                    factor: state
-                    for factor, state in held.items()
-                    if axis_of(factor) in (*BATCH_AXES, "context") and isinstance(state, Split)
-                }
+        for value in weights:
+            held = self.placements[value].items()
+            kept = {factor: state for factor, state in held if not self._provenance.is_stored(value, axis_of(factor))}
+            over |= kept.keys()
             self._convert(index, whole, value, kept)
-        rows, *_ = region.inputs
-        self.placements[region.outputs[0]] = dict(self.placements[rows])
-        if over:
-            out = region.outputs[0]
-            self.placements[out] |= dict.fromkeys(over, PARTIAL)
-            weights = frozenset().union(*(each.parameters for each in region.inputs if each.kind == Kind.WEIGHT))
-            self._sums[out] = self._provenance.of_region(whole, weights)
-            self._reduce(index, whole, out)
+
+        def as_batch(value: Value) -> dict[str, State]:
+            return {
+                factor: state
+                for factor, state in self.placements[value].items()
+                if axis_of(factor) in (*BATCH_AXES, "context") and isinstance(state, Split)
+            }
+
+        rows, out, chosen = region.inputs[0], region.outputs[0], region.inputs[2]
+        known = next(each for each in range(region.first, region.end) if chosen in self.program.steps[each].inputs)
+        for value in region.inputs:  # they move once it is known who wants them
+            if value.kind != Kind.WEIGHT:
+                kept = {factor: state for factor, state in as_batch(value).items() if factor not in over}
+                self._convert(known, whole, value, kept)
+        self.placements[out] = as_batch(rows) | dict.fromkeys(over, PARTIAL)
+        self._sums[out] = self._provenance.of_region(whole, frozenset().union(*(each.parameters for each in weights)))
+        self._convert(index, whole, out, as_batch(rows))
 
     def _begin_ring(self, index: int, region: Region) -> "_Ring | None":
         """Takes tokens off the axis that splits them, over which keys and values travel: what the steps of attention
@@ -396,7 +395,8 @@ class Walk:
             axes = tuple(dict.fromkeys(map(axis_of, each.axes)))
             old, new = before[each.axes[0]], after.get(each.axes[0], BROADCAST)
             summed = old == PARTIAL
-            origin = self._sums[value] if summed else self._provenance.of_operand(step, value, axes, old, new)
+            met = self._met(step, value, axes, old, new)
+            origin = self._sums[value] if summed else self._provenance.of_operand(step, value, axes, old, new, met)
             # Where a value is made, not in a loop that it enters unchanged: XLA moves such work out of loops.
             made_here = summed or step.equation is None or value not in self._handed_on
             trips = self._made_in.get(value, 1.0) if made_here else self._trips_of(step)
@@ -407,6 +407,27 @@ class Walk:
                 self._gathered.add((value, axis))
             elif old == PARTIAL and new != PARTIAL:
                 placement[axis] = new
+
+    def _met(self, step: Step, value: Value, axes: tuple[str, ...], old: State, new: State) -> bool:
+        """Whether rows that lie over the axes meet what the pair rule splits over them, or what that made of rows goes
+        back to where these are."""
+        if not set(axes) <= set(BATCH_AXES):
+            return False
+
+        def is_paired(value: Value, state: State, axis: str) -> bool:
+            return isinstance(state, Split) and self._provenance.is_paired(value, state.dimension, axis)
+
+        others = [other for other in step.inputs if other != value]
+        return all(
+            any(is_paired(other, self._on(other, axis), axis) for other in others)
+            or (isinstance(new, Split) and is_paired(value, old, axis))
+            for axis in axes
+        )
+
+    def _on(self, value: Value, axis: str) -> State:
+        """How a value lies on an axis, which has one state on all of its factors but for kv heads."""
+        states = self.placements.get(value, {})
+        return next((state for factor, state in states.items() if axis_of(factor) == axis), BROADCAST)
 
     # -- reading --
 

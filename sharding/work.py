@@ -14,7 +14,7 @@ Amounts are of the whole program at `rows` rows. Classes of dimensions stay atta
 import collections
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -45,12 +45,28 @@ class Reduction:
 
 
 @dataclasses.dataclass(frozen=True)
+class Needed:
+    """Rows, of classes `kept`, that all parts of the classes `over` read: where these are split over devices that have
+    different rows, each needs those of all, in all trips."""
+
+    over: Leaves
+    kept: Leaves
+    bytes: float
+    trips: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Saved:
-    """An array kept from forward to backward; `layers` of them are stacked."""
+    """An array kept from forward to backward; `layers` of them are stacked.
+
+    Attributes:
+        over: classes, as experts are: each part of them keeps it for the rows of all devices that have other parts.
+    """
 
     bytes: float
     dims: Leaves
     layers: int
+    over: Leaves = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +97,7 @@ class Work:
     activation_bytes: dict[tuple[str, Leaves], float]
     weight_bytes: dict[tuple[str, Leaves], float]
     reductions: tuple[Reduction, ...]
+    needed: tuple[Needed, ...]
     saved: tuple[Saved, ...]
     output: tuple[Saved, ...]
     attended: tuple[Attended, ...]
@@ -123,7 +140,7 @@ def _work(program: Program, roles: dict[Dim, Role], *, forward: bool) -> Work:
             counter.end(ends[index], program)
     split = len(program.outputs) - len(program.parameters)
     variables = program.jaxpr.outvars
-    arrays = [_saved(value, var, program) for value, var in zip(program.outputs, variables, strict=True)]
+    arrays = [_saved(value, var, program, counter.rooms) for value, var in zip(program.outputs, variables, strict=True)]
     kept = [
         array
         for array, value in zip(arrays, program.outputs, strict=True)
@@ -145,6 +162,7 @@ def _work(program: Program, roles: dict[Dim, Role], *, forward: bool) -> Work:
         dict(counter.activation_bytes),
         dict(counter.weight_bytes),
         counter.reductions(),
+        tuple(counter.needed.values()),
         saved,
         tuple(kept) if forward else (),
         counter.attended(program.attended) if forward else (),
@@ -152,16 +170,21 @@ def _work(program: Program, roles: dict[Dim, Role], *, forward: bool) -> Work:
     )
 
 
-def _saved(value: Value, var: Any, program: Program) -> Saved | None:
+def _saved(value: Value, var: Any, program: Program, rooms: Mapping[Dim, Leaves]) -> Saved | None:
     if not hasattr(var.aval, "dtype") or not jnp.issubdtype(var.aval.dtype, jnp.inexact):
         return None
     stacks = {find(dim) for dim in program.stacks}
     layers = value.dims[0].size if value.dims and find(value.dims[0]) in stacks else 1
-    return Saved(_bytes(var.aval), frozenset(leaves_of(value.dims)), layers)
+    held = frozenset(leaves_of(value.dims))
+    return Saved(_bytes(var.aval), held, layers, frozenset().union(*(rooms[leaf] for leaf in held & rooms.keys())))
 
 
 class _Counter:
-    """Walks the steps of a program in order."""
+    """Walks the steps of a program in order.
+
+    Attributes:
+        rooms: classes that count the rows which a region keeps -> the classes whose parts keep them.
+    """
 
     def __init__(self, program: Program, roles: dict[Dim, Role]):
         self.roles = {find(leaf): role for leaf, role in roles.items()}
@@ -170,6 +193,8 @@ class _Counter:
         self.flops: dict[tuple[str, Leaves], float] = collections.defaultdict(float)
         self.activation_bytes: dict[tuple[str, Leaves], float] = collections.defaultdict(float)
         self.weight_bytes: dict[tuple[str, Leaves], float] = collections.defaultdict(float)
+        self.needed: dict[Value, Needed] = {}  # once for a forward pass that is recomputed and the backward pass
+        self.rooms: dict[Dim, Leaves] = {}
         self._trips = trips_of(program)
         self._kernels: set[int] = set()
         self._partial: dict[Value, int] = {}
@@ -189,18 +214,27 @@ class _Counter:
         return tuple(each for each in self._sums if each is not None)
 
     def end(self, region: Region, program: Program) -> None:
-        """What a region sums up at its end: those of its results that have the rows of a batch, over all classes that
-        its products pick by or contract."""
+        """What a region needs of rows, and what it sums up at its end: those of its results that have the rows of a
+        batch, over all classes that its products pick by or contract. What else has rows is kept as they are inside."""
         over: set[Dim] = set()
         for step in program.steps[region.first : region.end]:
             if isinstance(step.fact, Product) and any(value.kind == Kind.WEIGHT for value in step.inputs[:2]):
                 over |= leaves_of((*step.fact.contracted, *step.fact.batch))
-        over &= self.weights
+        classes = frozenset(over & self.weights)
         trips, _ = self._trips.get(id(region.equation), (1.0, None))
         for value, var in zip(region.outputs, region.equation.outvars, strict=True):
-            if leaves_of(value.dims[:1]) and leaves_of(value.dims[:1]) <= self.batch:
+            if self._has_rows(value):
                 held = frozenset(leaves_of(value.dims))
-                self._sums.append(Reduction(frozenset(over), held, _bytes(var.aval), trips))
+                self._sums.append(Reduction(classes, held, _bytes(var.aval), trips))
+            elif value.dims:
+                self.rooms |= dict.fromkeys(leaves_of(value.dims[:1]) - self.weights, classes)
+        for value, var in zip(region.inputs, region.equation.invars, strict=True):
+            if self._has_rows(value):
+                self.needed[value] = Needed(classes, frozenset(leaves_of(value.dims)), _bytes(var.aval), trips)
+
+    def _has_rows(self, value: Value) -> bool:
+        rows = leaves_of(value.dims[:1])
+        return bool(rows) and rows <= self.batch
 
     def count(self, step: Step, *, sums: bool) -> None:
         """A step's work; without its partial sums where a region around it ends them."""

@@ -19,6 +19,7 @@ MESHES = [
     {"fsdp": 4, "expert": 2},
     {"fsdp": 2, "expert": 2, "tensor": 2},
     {"data": 2, "context": 2, "expert": 2},
+    {"fsdp": 2, "expert": 4},
 ]
 
 

@@ -262,6 +262,18 @@ class Experts(nnx.Module):
         return x + y.reshape(x.shape)
 
 
+class AllExperts(nnx.Module):
+    """Every row through all experts, by products with [E, ...], weighted by a router."""
+
+    def __init__(self):
+        self.router, self.up, self.down = weight(D, 4), weight(4, F, D), weight(4, D, F)
+
+    def __call__(self, x):
+        scores = jax.nn.softmax(x @ self.router)
+        inner = jax.nn.relu(jnp.einsum("btd,efd->btef", x, self.up[...]))
+        return x + jnp.einsum("btef,edf,bte->btd", inner, self.down[...], scores)
+
+
 class Embeddings(nnx.Module):
     def __init__(self, vocab, tied):
         self.table, self.positions, self.up, self.down = weight(vocab, D), weight(16, D), weight(F, D), weight(D, F)
@@ -431,6 +443,7 @@ EVERY_MODULE = {
     "adapter": (Adapter, HIDDEN),
     "scanned": (ScannedBlocks, HIDDEN),
     "experts": (lambda: Experts("ragged"), HIDDEN),
+    "all experts": (AllExperts, HIDDEN),
     "embeddings": (lambda: Embeddings(V, False), TOKENS),
     "reused": (ReusedNames, TOKENS),
     "relative": (RelativeBias, HIDDEN),

@@ -17,6 +17,7 @@ from meshloom.models.decoder import Decoder
 from meshloom.models.sequence import Packed
 from meshloom.sharding import derive
 from meshloom.sharding.constrain import constrained, plain
+from tests.sharding import modules
 
 SIZES = {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "head_dim": 8, "d_ff": 64}
 SCANNED = DecoderConfig(**SIZES, scan_layers=True)
@@ -93,6 +94,7 @@ def test_a_step_moves_less_than_half_and_nothing_is_rematerialized(axes, capfd):
 
 EXPERTS = DecoderConfig(**SIZES, tie_embeddings=False, moe=MoEConfig(4, 2, 32), scan_layers=True)
 ROWS, TOKENS = {"fsdp": 4, "tensor": 2}, {"fsdp": 2, "context": 2, "tensor": 2}
+DEALT = {"fsdp": 2, "expert": 2, "tensor": 2}
 
 
 @pytest.mark.parametrize(
@@ -107,8 +109,9 @@ ROWS, TOKENS = {"fsdp": 4, "tensor": 2}, {"fsdp": 2, "context": 2, "tensor": 2}
         (EXPERTS, ROWS),
         (SCANNED, TOKENS),
         (EXPERTS, TOKENS),
+        (EXPERTS, DEALT),
     ],
-    ids=["scanned", "recomputed", "gpt2", "experts", "scanned-context", "experts-context"],
+    ids=["scanned", "recomputed", "gpt2", "experts", "scanned-context", "experts-context", "experts-dealt"],
 )
 def test_loss_and_gradient_are_those_of_one_device(config, axes):
     module = Decoder(config, rngs=nnx.Rngs(0))
@@ -120,6 +123,24 @@ def test_loss_and_gradient_are_those_of_one_device(config, axes):
     wanted, wanted_gradient = jax.jit(jax.value_and_grad(loss_of(plain(module))))(parameters, *batch)
     np.testing.assert_allclose(loss, wanted, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradient, wanted_gradient)
+
+
+@pytest.mark.parametrize("axes", [DEALT, {"expert": 4}, {"expert": 2, "context": 4}], ids=str)
+def test_experts_of_other_authors_learn_what_they_do_on_one_device(axes):
+    module, x = modules.AllExperts(), jax.random.normal(jax.random.key(1), (8, 16, modules.D))
+    leaves, tree = jax.tree.flatten(nnx.state(module, nnx.Param))
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    drawn = [jax.random.normal(key, leaf.shape) / 8 for key, leaf in zip(keys, leaves, strict=True)]
+    parameters = jax.tree.unflatten(tree, drawn)
+    layout = derive(module, make_mesh(axes, jax.devices()[: math.prod(axes.values())]), x)
+
+    def gradient_of(forward):
+        return jax.value_and_grad(lambda parameters, x: jnp.mean(jnp.sin(forward(parameters, x))))
+
+    placed = layout.shardings, layout.batch_sharding(8, 16)
+    spread = jax.jit(gradient_of(constrained(module, layout)), in_shardings=placed)(parameters, x)
+    wanted = jax.jit(gradient_of(plain(module)))(parameters, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), spread, wanted)
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])

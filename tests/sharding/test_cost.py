@@ -8,6 +8,7 @@ from flax import nnx
 from meshloom.core.hardware import chip_named
 from meshloom.core.program_report import Collective
 from meshloom.core.topology import Level, network, parse_devices
+from meshloom.pallas_kernels import routed_experts, top_experts
 from meshloom.sharding.collectives import Span, axis_spans, seconds
 from meshloom.sharding.cost import OVERLAP, Pricer, split_of
 from meshloom.sharding.rules import decide
@@ -25,11 +26,25 @@ class MLP(nnx.Module):
         return x + jax.nn.relu(x @ self.up.T) @ self.down.T
 
 
+class Mixture(nnx.Module):
+    """Every row through two of eight experts."""
+
+    def __init__(self):
+        self.router = nnx.Param(jnp.zeros((8, WIDTH)))
+        self.gate, self.up = (nnx.Param(jnp.zeros((8, INNER, WIDTH))) for _ in range(2))
+        self.down = nnx.Param(jnp.zeros((8, WIDTH, INNER)))
+
+    def __call__(self, x):
+        weights, chosen = top_experts(x @ self.router.T, 2)
+        matrices = self.gate[...], self.up[...], self.down[...]
+        return x + routed_experts(x, weights, chosen, *matrices, activation=jax.nn.silu)
+
+
 INPUTS = (jax.ShapeDtypeStruct((ROWS, LENGTH, WIDTH), jnp.float32),)
 
 
-def works():
-    module = nnx.eval_shape(MLP)
+def works(make=MLP):
+    module = nnx.eval_shape(make)
     forward, program, roles = forward_work(module, INPUTS)
     return forward, training_work(module, INPUTS, program, roles), program, roles
 
@@ -69,6 +84,48 @@ def test_fsdp_gathers_each_weight_and_scatters_each_gradient():
     moved = pricer.breakdown((), found, 0.0).bytes_by_kind
     weights = 2 * WIDTH * INNER * 4
     assert moved == {"all_gather": weights, "reduce_scatter": weights / 4, "all_reduce": weights / 4}
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["forward", "step"])
+def test_over_expert_a_device_does_its_experts_part_of_the_rows_of_all(which):
+    """No more than where each has all experts for its own rows; the router and what precedes it are not done again."""
+    found = works(Mixture)
+    work, flops, read = found[which], [], []
+    for mesh in ({"fsdp": 8}, {"fsdp": 2, "expert": 4}):
+        rules, _ = decide(*found[2:], mesh)
+        pricer = Pricer(chip_named("h100"), parse_devices("h100:8"), mesh, "float32")
+        split = split_of(work, rules, mesh)
+        flops.append({group.name: group.flops for group in pricer.groups(work, split, 1)})
+        read.append(sum(split.of_weights(amount, dims) for (_, dims), amount in work.weight_bytes.items()))
+    assert flops[0] == flops[1]
+    assert read[1] < 0.3 * read[0]  # each reads a quarter of the experts
+
+
+def test_over_expert_rows_are_gathered_and_sums_scattered_where_rows_lie_over_it():
+    forward, _, program, roles = works(Mixture)
+    mesh = {"fsdp": 2, "expert": 4}
+    rules, _ = decide(program, roles, mesh)
+    pricer = Pricer(chip_named("h100"), parse_devices("h100:8"), mesh, "float32")
+    own = LENGTH * WIDTH * 4  # of a row of the batch
+
+    def moved(batch):
+        costs = pricer.partial_sums(forward, split_of(forward, rules, mesh, batch), 1)
+        return pricer.breakdown((), costs, 0.0).bytes_by_kind
+
+    picked = LENGTH * 2 * (4 + 4)  # two weights and two numbers a token
+    assert moved(("fsdp", "expert")) == {"reduce_scatter": own, "all_gather": 4 * (own + picked)}
+    assert moved(()) == {"all_reduce": own}  # a step of serving
+
+
+def test_gradients_of_experts_are_complete_over_expert():
+    *_, program, roles = works(Mixture)
+    mesh = {"data": 2, "expert": 4}
+    rules, _ = decide(program, roles, mesh)
+    pricer = Pricer(chip_named("h100"), parse_devices("h100:8"), mesh, "float32")
+    summed = [each for each in pricer.weights_and_gradients(rules, 1, 1) if each.purpose == "gradients"]
+    experts, router = 3 * 8 * WIDTH * INNER * 4 / 4, 8 * WIDTH * 4 / 4
+    assert sum(each.bytes for each in summed if each.axis == "data") == experts + router
+    assert [(each.kind, each.bytes) for each in summed if each.axis == "expert"] == [("reduce_scatter", router)]
 
 
 def test_hidden_time_is_never_more_than_compute():

@@ -111,9 +111,11 @@ def test_axes_of_size_one_split_nothing():
         ({"fsdp": 4, "data": 2, "tensor": 1}, (("data", "fsdp"), None)),
         ({"data": 8, "fsdp": 1}, ("data", None)),
         ({"tensor": 8}, (None, None)),
+        ({"data": 2, "fsdp": 4, "expert": 2}, (("data", "fsdp", "expert"), None)),
+        ({"expert": 4, "tensor": 2}, ("expert", None)),
     ],
 )
-def test_batches_lie_over_data_and_fsdp(axes, spec):
+def test_batches_lie_over_data_fsdp_and_expert(axes, spec):
     assert derive(block(), abstract(**axes), EXAMPLE).batch_spec == PartitionSpec(*spec)
 
 

@@ -19,6 +19,7 @@ from meshloom.models.source import abstract_module
 from meshloom.sharding import derive
 from meshloom.sharding.constrain import plain
 from meshloom.sharding.explicit import check, explicit
+from tests.sharding import modules
 
 DENSE = DecoderConfig(
     vocab_size=96, d_model=32, n_layers=2, n_heads=8, n_kv_heads=2, head_dim=8, d_ff=64, scan_layers=True
@@ -69,6 +70,15 @@ def test_real_sizes_are_typed_without_a_device(model, mesh, least):
     assert found.typed > least
     assert {"gather"} <= found.trusted.keys() <= {"gather", "routed_experts", "attention"}
     assert str(found).startswith(f"{found.typed} equations typed by JAX; trusted to Meshloom's signatures:")
+
+
+@pytest.mark.parametrize(
+    "make", [modules.AllExperts, lambda: modules.Experts("one_hot"), lambda: modules.ScannedGroups(4)]
+)
+@pytest.mark.parametrize("mesh", ["fsdp=4,expert=2", "expert=4,tensor=2"])
+def test_sums_that_go_back_to_rows_over_expert_are_typed(make, mesh):
+    module, rows = nnx.eval_shape(make), jax.ShapeDtypeStruct((8, 16, modules.D), jnp.float32)
+    assert not check(module, derive(module, abstract_mesh(mesh, 8), rows), (rows,)).trusted
 
 
 class Block(nnx.Module):

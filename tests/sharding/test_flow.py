@@ -16,12 +16,12 @@ from meshloom.models.config import DecoderConfig, EncoderDecoderConfig, MoEConfi
 from meshloom.models.decoder import Decoder
 from meshloom.models.encoder_decoder import EncoderDecoder
 from meshloom.models.presets import PRESETS
-from meshloom.sharding import derive
+from meshloom.sharding import Layout, derive
 from meshloom.sharding.algebra import BROADCAST, PARTIAL, Split
 from meshloom.sharding.constrain import constrained
 from meshloom.sharding.explain_flow import activations, explain_flow, parameter_flow
 from meshloom.sharding.flow import Flow, flow, strict
-from meshloom.sharding.trace import trace
+from meshloom.sharding.trace import Program, trace
 from tests.sharding import modules
 from tests.sharding.hlo import bytes_by_kind
 
@@ -39,10 +39,14 @@ def decoder(config: DecoderConfig):
     return lambda: Decoder(config, rngs=nnx.Rngs(0))
 
 
-def flow_of(make, example, **axes: int) -> Flow:
+def program_and_layout(make, example, **axes: int) -> tuple[Program, Layout]:
     module = nnx.eval_shape(make)
     mesh = AbstractMesh(tuple(axes.values()), tuple(axes))
-    return flow(trace(module, (example,)), derive(module, mesh, example))
+    return trace(module, (example,)), derive(module, mesh, example)
+
+
+def flow_of(make, example, **axes: int) -> Flow:
+    return flow(*program_and_layout(make, example, **axes))
 
 
 def compiled(make, example, *, in_scope: bool = False, **axes: int) -> jax.stages.Compiled:
@@ -135,22 +139,60 @@ def test_a_weight_that_is_turned_at_each_use_is_gathered_at_each_use():
     assert said.bytes_by_kind() == bytes_by_kind(compiled(modules.SharedLayers, HIDDEN, fsdp=4, tensor=2))
 
 
-@pytest.mark.parametrize("axes", [{"fsdp": 4, "expert": 2}, {"expert": 4, "tensor": 2}, {"fsdp": 8}], ids=str)
+@pytest.mark.parametrize(
+    "axes",
+    [{"fsdp": 4, "expert": 2}, {"expert": 4, "tensor": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}, {"fsdp": 8}],
+    ids=str,
+)
 def test_experts_move_the_bytes_that_the_compiler_moves(axes):
-    """They stay where they are: rows are sorted on their own device, and one sum over `expert` and `tensor` ends it."""
-    make = decoder(EXPERTS)
+    """They stay where they are: rows are gathered over `expert`, and a sum scattered over it ends it."""
+    make = decoder(dataclasses.replace(EXPERTS, tie_embeddings=False))
     said = flow_of(make, TOKENS, **axes)
     assert said.bytes_by_kind() == bytes_by_kind(compiled(make, TOKENS, in_scope=True, **axes))
     assert not said.silent
 
 
-def test_the_sum_over_experts_is_told_with_its_weights_and_place():
+def test_rows_and_sums_of_experts_are_told_with_their_weights_and_place():
     said = flow_of(decoder(EXPERTS), TOKENS, expert=4, tensor=2)
-    (summed,) = [each for each in said.conversions if "expert" in each.axes]
-    assert (summed.axes, summed.collective, summed.trips) == (("expert", "tensor"), "all_reduce", SIZES["n_layers"])
-    assert summed.bytes == 8 * 16 * SIZES["d_model"] * 4
-    assert summed.origin.cause == "pair"
-    assert "its own part of layers.scanned.0.mlp." in summed.origin.reason
+    rows = [each for each in said.conversions if each.origin.cause == "pair" and each.axes == ("expert",)]
+    *gathered, scattered = rows
+    whole = 8 * 16 * SIZES["d_model"] * 4
+    assert [(each.collective, each.bytes) for each in gathered] == [
+        ("all_gather", whole),
+        *[("all_gather", 8 * 16 * 2 * 4)] * 2,  # weights and numbers of the experts of each row
+    ]
+    assert (scattered.collective, scattered.before, scattered.after) == ("reduce_scatter", PARTIAL, Split(0))
+    (summed,) = [each for each in said.conversions if each.step == scattered.step and each.axes == ("tensor",)]
+    assert summed.collective == "all_reduce"
+    assert scattered.bytes == summed.bytes == whole / 4  # what is summed over `tensor` is a device's own rows
+    assert {each.trips for each in (*rows, summed)} == {SIZES["n_layers"]}
+    for each in (scattered, summed):
+        assert "its own part of layers.scanned.0.mlp." in each.origin.reason
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 4, "expert": 2}, {"expert": 4, "tensor": 2}], ids=str)
+def test_experts_of_other_authors_stay_where_they_are(axes):
+    """XLA left to itself gathers them over `expert`. It returns rows to their devices before it sums over experts where
+    `tensor` splits nothing."""
+    said = flow_of(modules.AllExperts, HIDDEN, **axes).bytes_by_kind()
+    found = bytes_by_kind(compiled(modules.AllExperts, HIDDEN, **axes))
+    assert found["all_gather"] == said["all_gather"]
+    assert found == said or "tensor" not in axes
+
+
+@pytest.mark.parametrize(
+    "make", [modules.AllExperts, lambda: modules.Experts("one_hot"), lambda: modules.ScannedGroups(4)]
+)
+@pytest.mark.parametrize("axes", [{"fsdp": 4, "expert": 2}, {"expert": 4, "tensor": 2}], ids=str)
+def test_rows_that_go_to_experts_of_other_authors_and_back_are_the_pair_rule_s(make, axes):
+    said = strictly(make, **axes)
+    moved = {(each.collective, each.origin.cause) for each in said.conversions if each.axes == ("expert",)}
+    assert moved & {("all_gather", "pair"), ("all_to_all", "pair")}
+
+
+def test_what_no_expert_needs_is_still_not_intended():
+    said = flow_of(lambda: modules.Experts("ragged"), HIDDEN, fsdp=4, expert=2)
+    assert any("`sort` needs it whole" in each.origin.reason for each in said.silent)
 
 
 # -- why --
@@ -257,9 +299,7 @@ class Shuffled(nnx.Module):
 
 
 def strictly(make, above: int = 0, **axes: int) -> Flow:
-    module = nnx.eval_shape(make)
-    mesh = AbstractMesh(tuple(axes.values()), tuple(axes))
-    return strict(trace(module, (HIDDEN,)), derive(module, mesh, HIDDEN), above)
+    return strict(*program_and_layout(make, HIDDEN, **axes), above)
 
 
 def test_strict_refuses_an_activation_that_is_gathered_and_names_the_line():

@@ -63,7 +63,7 @@ def tensor_dimension(name: str, d_ff: int, config, tensor: int) -> int | None:
 def expert_choice(name: str, shape: tuple[int, ...], config, axes: dict[str, int]) -> tuple:
     stacked = ".scanned." in name
     first = int(stacked)
-    spec: list[str | None] = [None] * len(shape)
+    spec: list[str | tuple[str, ...] | None] = [None] * len(shape)
     d_ff = config.d_ff
     if name.split(".")[-2] in ("gate", "up", "down") and len(shape) - stacked == 3:
         d_ff = config.moe.d_ff
@@ -72,10 +72,13 @@ def expert_choice(name: str, shape: tuple[int, ...], config, axes: dict[str, int
         first += 1
     if axes.get("tensor", 1) > 1 and (dimension := tensor_dimension(name, d_ff, config, axes["tensor"])) is not None:
         spec[first + dimension] = "tensor"
-    free = [d for d in range(int(stacked), len(shape)) if spec[d] is None and shape[d] % axes.get("fsdp", 1) == 0]
-    if axes.get("fsdp", 1) > 1 and len(shape) - stacked > 1 and free:
+    storing = tuple(axis for axis in ("fsdp", "expert") if axes.get(axis, 1) > 1 and axis not in spec)
+    ways = math.prod(axes[axis] for axis in storing)
+    free = [d for d in range(int(stacked), len(shape)) if spec[d] is None and shape[d] % ways == 0]
+    if storing and len(shape) - stacked > 1 and free:
         has_vocabulary = name.split(".")[-2] in ("embed", "unembed")  # [vocab, d_model]: its rows are stored last
-        spec[max(free, key=lambda d: (d > 0 or not has_vocabulary, shape[d]))] = "fsdp"
+        place = max(free, key=lambda d: (d > 0 or not has_vocabulary, shape[d]))
+        spec[place] = storing[0] if len(storing) == 1 else storing
     return tuple(spec)
 
 

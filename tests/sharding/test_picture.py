@@ -119,6 +119,13 @@ def test_a_weight_shows_its_sides_by_role_and_its_cuts_by_rule(flows):
     assert (experts.sheets.text, experts.sheets.cuts) == ("4 experts", (Cut("expert", 2, "pair"),))
 
 
+def test_rows_go_to_experts_when_it_is_known_who_wants_them(flows):
+    """Beside one another: the router, whose choice it is, gate and up, and down, after which the sums go back."""
+    [experts] = [b for frame in sketch(flows["experts"]).frames for b in frame.branches if b.title == "experts"]
+    moved = [[(each.collective, each.axes, each.cause) for each in column.moved] for column in experts.columns]
+    assert moved == [[("all_gather", ("expert",), "pair")], [], [("reduce_scatter", ("expert",), "pair")]]
+
+
 def test_what_a_pair_produces_is_split_between_its_weights_and_summed_after_them(flows):
     [mlp] = [b for frame in sketch(flows["reused names"]).frames for b in frame.branches if b.title == "MLP"]
     first, last = mlp.columns

@@ -227,7 +227,7 @@ def test_what_a_loop_carries_is_residual():
 @pytest.mark.parametrize("dispatch", ["ragged", "one_hot"])
 def test_experts_are_dealt_out_and_each_is_split_like_an_mlp(dispatch):
     assert specs_of(lambda: Experts(dispatch), HIDDEN, fsdp=2, tensor=2, expert=2) == {
-        "router": (None, "fsdp"),
+        "router": (None, ("fsdp", "expert")),
         "gate": ("expert", "tensor", "fsdp"),
         "up": ("expert", "tensor", "fsdp"),
         "down": ("expert", "fsdp", "tensor"),
@@ -235,9 +235,14 @@ def test_experts_are_dealt_out_and_each_is_split_like_an_mlp(dispatch):
 
 
 @pytest.mark.parametrize("dispatch", ["ragged", "one_hot"])
-def test_experts_that_do_not_divide_are_replicated(dispatch):
+def test_experts_that_do_not_divide_are_stored_as_other_weights_are(dispatch):
     layout = layout_of(lambda: Experts(dispatch, experts=6), HIDDEN, expert=4)
-    assert not any(axis for row in layout.rows for axis in row.spec)
+    assert {row.name: tuple(row.spec) for row in layout.rows} == {
+        "router": (None, "expert"),
+        "gate": (None, "expert", None),
+        "up": (None, "expert", None),
+        "down": (None, None, "expert"),
+    }
     assert "6 experts do not divide over expert=4" in layout.row("up").choices[0].reason
 
 
@@ -296,13 +301,13 @@ def test_bert_calls_everything_dense():
 def test_stacked_groups_of_heads_and_experts(kv_heads, kv):
     layout = layout_of(lambda: ScannedGroups(kv_heads), HIDDEN, fsdp=2, tensor=4, expert=2)
     assert {row.name: tuple(row.spec) for row in layout.rows} == {
-        "q": (None, "fsdp", "tensor", None),
-        "k": (None, "fsdp", kv, None),
-        "v": (None, "fsdp", kv, None),
-        "o": (None, "tensor", None, "fsdp"),
+        "q": (None, ("fsdp", "expert"), "tensor", None),
+        "k": (None, ("fsdp", "expert"), kv, None),
+        "v": (None, ("fsdp", "expert"), kv, None),
+        "o": (None, "tensor", None, ("fsdp", "expert")),
         "q_bias": (None, "tensor", None),
         "k_bias": (None, kv, None),
-        "router": (None, "fsdp", None),
+        "router": (None, ("fsdp", "expert"), None),
         "gate_up": (None, "expert", None, "tensor", "fsdp"),
         "down": (None, "expert", "fsdp", "tensor"),
     }

@@ -127,7 +127,7 @@ def test_a_full_disk_is_reported_before_the_first_step(tmp_path, no_step, monkey
 
 
 def test_rows_that_do_not_divide_over_the_mesh_are_refused(tmp_path, no_step):
-    with pytest.raises(ShardingError, match="a batch of 2 rows does not divide over data x fsdp = 4"):
+    with pytest.raises(ShardingError, match="a batch of 2 rows does not divide over fsdp = 4"):
         train(tiny_config(tmp_path, accumulation=4))
 
 

@@ -49,8 +49,8 @@ def routed_experts(
     """Per row, the sum over its k experts of weight * down(activation(gate x) * up x).
 
     Differentiable in x, the weights and the matrices; quantized matrices are frozen. On a mesh in scope every device
-    keeps its own experts, of each its part of F over `tensor`, and computes what its own rows of the batch want of
-    those: one sum over both axes ends it. Backward keeps the rows that gate and up made and computes no product again.
+    keeps its own experts, of each its part of F over `tensor`, and computes what the rows of all devices along `expert`
+    want of those: one sum over both axes ends it. Backward keeps what gate and up made and computes no product again.
 
     Args:
         chosen: numbers of the experts, all different in a row; outside of [0, E) is an expert that gives zeros.

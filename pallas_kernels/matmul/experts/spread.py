@@ -1,15 +1,24 @@
 """A mixture of experts over the mesh in scope: no weight moves to another expert's device, and one sum ends each pass.
 
-Batches lie over `data`, `fsdp` and `context` and are whole over `expert` and `tensor`, as in every layout that is
-derived: each device computes what its own rows want of its own experts, and their sum over both axes is the pair rule's
-one reduction. Rows are sorted where they are, so that none is sent over the axes of the batch. Weights that are stored
-in parts arrive gathered, and their gradients leave summed over the axes of the batch and split as they are stored.
+Batches lie over `data`, `fsdp`, `expert` and `context` and are whole over `tensor`, as in every layout that is derived.
+The devices along `expert`, which hold different experts, gather each other's rows; each computes what all of these want
+of its own experts, and a sum that is scattered over `expert` gives every device its own rows back: that and the sum
+over `tensor` are the pair rule's one reduction. The scatter comes first, so that the sum over `tensor` moves a part in
+n of the rows. Rows are sorted where they are, so that none is sent over `data`, `fsdp` or `context`. Weights that are
+stored in parts arrive gathered, and their gradients leave summed over those three and split as they are stored: all
+rows along `expert` are where an expert is. A batch that does not divide over `expert`, and rows of a step of serving,
+are whole over it: nothing is gathered then, and one sum over both axes ends the pass.
 
-Why not an exchange of rows (`exchange.py`)? In units of what a device's rows take, the sum over n devices sends
-2 (n - 1) / n. An exchange first deals the rows out, sends k / n of a row each way and gathers the results:
-(1 + 2 k / n) (n - 1) / n. That is no less up to n = 2 k: with Mixtral's k = 2 it takes 8 devices to send
-0.75 of the sum, with Qwen's k = 8 it takes 32. Room for rows is as large either way, and a step of few rows waits for
-one collective, not three.
+Between the passes a device keeps its own rows, and what its experts' gate and up made, with room for all rows along
+`expert`, should they all want them. Rows are gathered again in the backward pass: kept, they would take n times the
+memory of a layer's input.
+
+Why not an exchange of rows (`exchange.py`)? In units of what a device's own rows take, over n devices, gather and
+scatter send 2 (n - 1). An exchange sends each of a row's k copies to where its expert is and back: 2 k (n - 1) / n,
+less for k < n. It would halve what a forward pass of Mixtral (k = 2) sends over expert=4 and leave a quarter over
+expert=8, where Qwen's k = 8 gains nothing. It is not done: it needs XLA's ragged all-to-all, which CPUs do not have and
+whose padded stand-in sends k (n - 1) each way, and copies of a row that meet in one device are sent one by one. Room
+for rows is as large either way.
 """
 
 import dataclasses
@@ -40,11 +49,13 @@ def _that_split(mesh: AbstractMesh, size: int, axes: tuple[str, ...]) -> tuple[s
 
 
 def _axes_of_rows(mesh: AbstractMesh, shape: tuple[int, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The axes that split a batch and its tokens. Rows without a batch are those of a step of serving, which all
-    devices have."""
+    """The axes that split a batch and its tokens; a batch of too few rows is whole over `expert`. Rows without a batch
+    are those of a step of serving, which all devices have."""
     if len(shape) < 3:
         return (), ()
-    return _that_split(mesh, shape[0], BATCH_AXES), _that_split(mesh, shape[1], (_TOKENS,))
+    others = tuple(axis for axis in BATCH_AXES if axis != _EXPERT)
+    batch = _that_split(mesh, shape[0], BATCH_AXES) or _that_split(mesh, shape[0], others)
+    return batch, _that_split(mesh, shape[1], (_TOKENS,))
 
 
 def _spec_of_rows(batch: tuple[str, ...], tokens: tuple[str, ...]) -> PartitionSpec:
@@ -71,7 +82,7 @@ class Spread:
 
     Attributes:
         batch, tokens: axes that split the first and the second dimension of the rows.
-        expert, inner: axes that split E and F, or None.
+        expert, inner: axes that split E and F, or None. Over an `expert` that is one of `batch`, rows are gathered.
     """
 
     mesh: AbstractMesh
@@ -104,7 +115,7 @@ class Spread:
     @property
     def kept(self) -> PartitionSpec:
         """Of the sorted rows between the passes: every device's own, one after the other."""
-        axes = (*self.batch, *self.tokens, *filter(None, [self.expert]))
+        axes = tuple(dict.fromkeys((*self.batch, *self.tokens, *filter(None, [self.expert]))))
         return PartitionSpec(axes or None, self.inner)
 
     def matrices(self, *matrices: Any) -> tuple[Any, ...]:
@@ -123,8 +134,9 @@ class Spread:
         """`local.forward` on every device, and the sum of what they give."""
         experts = gate.shape[0]
 
-        def own(*arrays):
-            out, *kept = flat(run, *arrays, first=self._first(arrays[3]), experts=experts)
+        def own(x, weights, chosen, *matrices):
+            rows = self._gathered((x, weights, chosen))
+            out, *kept = flat(run, *rows, *matrices, first=self._first(matrices[0]), experts=experts)
             return self._sum(out), *kept
 
         inputs = (*[self.rows] * 3, *self.matrices(gate, up, down))
@@ -137,8 +149,10 @@ class Spread:
         specs = self.matrices(*matrices)
         stored = [self._stored(each, spec) for each, spec, has in zip(matrices, specs, learns, strict=True) if has]
 
-        def own(*arrays):
-            dx, d_weights, *found = flat(run, *arrays, first=self._first(arrays[3]), experts=experts)
+        def own(x, weights, chosen, *others):
+            *held, d_out = others
+            *rows, d_out = self._gathered((x, weights, chosen, d_out))
+            dx, d_weights, *found = flat(run, *rows, *held, d_out, first=self._first(others[0]), experts=experts)
             learned = (each for each in found if each is not None)
             return *self._sum((dx, d_weights)), *map(self._sum_over_rows, learned, stored)
 
@@ -154,8 +168,21 @@ class Spread:
         """Number of this device's first expert."""
         return 0 if self.expert is None else jax.lax.axis_index(self.expert) * gate.shape[0]
 
+    @property
+    def _gathers(self) -> bool:
+        """Whether devices with different experts have different rows."""
+        return self.expert in self.batch
+
+    def _gathered(self, rows: Any) -> Any:
+        """The rows of all devices along `expert`."""
+        return jax.lax.all_gather(rows, self.expert, axis=0, tiled=True) if self._gathers else rows
+
     def _sum(self, summands: Any) -> Any:
+        """Over experts and parts of F, for the rows that this device has."""
         axes = tuple(filter(None, (self.expert, self.inner)))
+        if self._gathers:
+            summands = jax.lax.psum_scatter(summands, self.expert, scatter_dimension=0, tiled=True)
+            axes = axes[1:]
         return jax.lax.psum(summands, axes) if axes else summands
 
     def _stored(self, matrix: Any, spec: PartitionSpec) -> tuple[int, tuple[str, ...]]:
@@ -165,7 +192,7 @@ class Spread:
         Where the layout has another one, XLA moves the parts. Columns it may still sum whole and slice: 60 GB in a step
         of Mixtral on v5p:4x4x4 (896 for each of 16 devices, transposed or not), beside 4 for a scatter of rows.
         """
-        storing = tuple(axis for axis in STORE_AXES if axis in (*self.batch, *self.tokens))
+        storing = tuple(axis for axis in STORE_AXES if axis in self._others)
         alone = sorted(((axis,) for axis in storing), key=self._ways, reverse=True)
         for axes in (storing, *alone):
             left = [d for d, axis in enumerate(spec) if axis is None and matrix.shape[d] % self._ways(axes) == 0]
@@ -180,8 +207,13 @@ class Spread:
         dimension, axes = stored
         if axes:
             gradient = jax.lax.psum_scatter(gradient, axes, scatter_dimension=dimension, tiled=True)
-        over = tuple(axis for axis in (*self.batch, *self.tokens) if axis not in axes)
+        over = tuple(axis for axis in self._others if axis not in axes)
         return jax.lax.psum(gradient, over) if over else gradient
+
+    @property
+    def _others(self) -> tuple[str, ...]:
+        """Axes over which devices with the same experts have different rows."""
+        return tuple(axis for axis in (*self.batch, *self.tokens) if axis != self.expert)
 
     def _mapped(self, run: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
         # The bodies hold Pallas calls, which do not say over which axes their results vary.

@@ -37,7 +37,7 @@ class Operands(NamedTuple):
         scales: of keys and values, float32 [P8, 1, page * K], or none.
         head_bias: float32 [N, C], zero where a row of the block is of the query's kv head. token_of: int32 [1, C].
         row_less_lane: int32 [R, 128], the token of a row less the number of a lane.
-        sinks, sink_rows: float32 [N, 1] and [K, R, 1], in units of scores, or None.
+        sinks, sink_rows: float32 [N, 1], exponents of base 2, and [K, R, 1], in units of a tile's scores; or None.
     """
 
     table: Any
@@ -101,7 +101,7 @@ class Scratch(NamedTuple):
             acc=pltpu.VMEM((sizes.kv_heads, tall, sizes.width), jnp.float32),
             q_spread=HeadRows.shape(sizes.tile, sizes.heads, sizes.width, dtype, dtype),
             spread=[HeadRows.shape(sizes.block, sizes.kv_heads, sizes.width, stored, dtype)] * arrays,
-            table=pltpu.SMEM((3, 1, capacity), jnp.int32),
+            table=pltpu.SMEM((3 * capacity,), jnp.int32),
             page_sems=pltpu.SemaphoreType.DMA((2,)),
             q_sems=pltpu.SemaphoreType.DMA((2,)),
             out_sem=pltpu.SemaphoreType.DMA,
@@ -109,13 +109,13 @@ class Scratch(NamedTuple):
         )
 
 
-def scaled(raw: Any, sizes: Sizes) -> tuple[Any, float]:
-    """(scores, factor) of products: exponentials of base 2 want scores times factor."""
+def scaled(raw: Any, sizes: Sizes, unit: Any = 1.0) -> tuple[Any, Any]:
+    """(scores, factor) of products in units of `unit`: exponentials of base 2 want scores times factor."""
     if sizes.soft_cap is None and sizes.scale > 0:
-        return raw, sizes.scale * LOG2E
+        return raw, unit * (sizes.scale * LOG2E)
     if sizes.soft_cap is None:
-        return raw * (sizes.scale * LOG2E), 1.0
-    return jnp.tanh(raw * (sizes.scale / sizes.soft_cap)) * (sizes.soft_cap * LOG2E), 1.0
+        return raw * (unit * (sizes.scale * LOG2E)), 1.0
+    return jnp.tanh(raw * (unit * (sizes.scale / sizes.soft_cap))) * (sizes.soft_cap * LOG2E), 1.0
 
 
 def lane_sums(p: Any) -> Any:

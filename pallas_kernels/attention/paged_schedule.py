@@ -147,7 +147,10 @@ def items_of(ragged: Ragged, rows: int, sizes: Sizes) -> tuple[Int[Array, "7 I"]
 
 
 class TableRows:
-    """DMAs of one item's row of the page table into one of three buffers in SMEM, which has no room for all rows."""
+    """DMAs of one item's row of the page table into one of three buffers in SMEM, which has no room for all rows.
+
+    The buffers are one after the other in one dimension: of more dimensions each number takes five scalar operations.
+    """
 
     def __init__(self, sizes: Sizes, item, table, rows, sems):
         self.sizes, self.item, self.table, self.rows, self.sems = sizes, item, table, rows, sems
@@ -158,9 +161,10 @@ class TableRows:
         pages = pl.cdiv(self.item[LENGTH, i], self.sizes.page_size)
 
         def copy(piece, _):
-            where = pl.ds(pl.multiple_of(piece * LANES, LANES), LANES)
-            source, target = self.table.at[self.item[SEQUENCE, i], :, where], self.rows.at[i % 3, :, where]
-            act(pltpu.make_async_copy(source, target, self.sems.at[i % 3]))
+            at = pl.multiple_of(piece * LANES, LANES)
+            target = pl.multiple_of(self.begin(i) + at, LANES)
+            source = self.table.at[self.item[SEQUENCE, i], 0, pl.ds(at, LANES)]
+            act(pltpu.make_async_copy(source, self.rows.at[pl.ds(target, LANES)], self.sems.at[i % 3]))
 
         jax.lax.fori_loop(first, pl.cdiv(pages, LANES), copy, None)
 
@@ -170,9 +174,9 @@ class TableRows:
     def wait(self, i):
         self._each(i, lambda copy: copy.wait())
 
-    def page(self, i, at):
-        """Number of page `at` of the sequence of item i."""
-        return self.rows[i % 3, 0, at]
+    def begin(self, i):
+        """Where in `rows` the row of item i is."""
+        return i % 3 * self.table.shape[2]
 
 
 class BlockCopies:
@@ -181,42 +185,51 @@ class BlockCopies:
     def __init__(self, sizes: Sizes, item, table: TableRows, copies, sems):
         self.sizes, self.item, self.table, self.copies, self.sems = sizes, item, table, copies, sems
 
+    def _pages(self, i, j):
+        """Where in SMEM the numbers of the pages of block j of item i begin, and how many there are from there on."""
+        first = j * self.sizes.per_block
+        return self.table.begin(i) + first, pl.cdiv(self.item[LENGTH, i], self.sizes.page_size) - first
+
+    def _copy(self, begin, slot, first, count, act):
+        """Does `act` to the copies of `count` pages of a block from its page `first` on, a multiple of `count`."""
+        size = self.sizes.page_rows
+        where = pl.ds(pl.multiple_of(first * size, count * size), count * size)
+        targets = [
+            buffer.at[slot, where] if axis == 0 else buffer.at[slot, :, where] for _, buffer, axis in self.copies
+        ]
+        numbers = begin + first
+        for b in range(count):
+            number, rows = self.table.rows[numbers + b], pl.ds(b * size, size)
+            for (source, _, axis), target in zip(self.copies, targets, strict=True):
+                part = target.at[rows] if axis == 0 else target.at[:, rows]
+                act(pltpu.make_async_copy(source.at[number], part, self.sems.at[slot]))
+
     def _each(self, i, j, slot, act, every):
         """Does `act` to the copy of each page of block j of item i that is there, or `every` when all are."""
-        sizes = self.sizes
-        first = j * sizes.per_block
-        pages = pl.cdiv(self.item[LENGTH, i], sizes.page_size) - first
-
-        def page(b):
-            number = self.table.page(i, first + b)
-            for source, buffer, axis in self.copies:
-                size = sizes.page_rows
-                where = pl.ds(pl.multiple_of(b * size, size), size)
-                target = buffer.at[slot, where] if axis == 0 else buffer.at[slot, :, where]
-                act(pltpu.make_async_copy(source.at[number], target, self.sems.at[slot]))
-
-        whole = pages >= sizes.per_block
-        pl.when(whole)(lambda: every(page))
-        pl.when(~whole)(lambda: jax.lax.fori_loop(0, pages, lambda b, _: page(b), None))
+        begin, pages = self._pages(i, j)
+        whole = pages >= self.sizes.per_block
+        pl.when(whole)(lambda: every(begin))
+        pl.when(~whole)(lambda: jax.lax.fori_loop(0, pages, lambda b, _: self._copy(begin, slot, b, 1, act), None))
 
     def start(self, i, j, slot):
         """Copies fly; a whole block's without a loop around each page."""
+        at_once = math.gcd(self.sizes.per_block, _PAGES_AT_ONCE)
 
-        def every(page):
-            at_once = math.gcd(self.sizes.per_block, _PAGES_AT_ONCE)
+        def start(copy):
+            copy.start()
 
-            def some(first, _):
-                for b in range(at_once):
-                    page(first * at_once + b)
+        def every(begin):
+            def some(group, _):
+                self._copy(begin, slot, group * at_once, at_once, start)
 
             jax.lax.fori_loop(0, self.sizes.per_block // at_once, some, None)
 
-        self._each(i, j, slot, lambda copy: copy.start(), every)
+        self._each(i, j, slot, start, every)
 
     def wait(self, i, j, slot):
         """Until all have landed; a whole block's bytes are waited for at once."""
 
-        def every(page):
+        def every(_):
             for _, buffer, _ in self.copies:
                 pltpu.make_async_copy(buffer.at[slot], buffer.at[slot], self.sems.at[slot]).wait()
 

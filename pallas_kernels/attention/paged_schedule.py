@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
+from meshloom.pallas_kernels import tuning
 from meshloom.pallas_kernels.attention.paged import PagedScoring
 from meshloom.pallas_kernels.attention.pages import KVPages, Ragged
 
@@ -32,6 +33,34 @@ _DECODE_ROWS = 2048
 _PAGES_AT_ONCE = 16  # copies of so many pages start without a loop around each
 
 
+def own_limits() -> tuning.Sizes:
+    """What a search may choose (tuning.py): tokens of a block, rows of a tile by kv head, and rows of a block that a
+    decode row multiplies at a time; each at most, where a call has as many.
+    """
+    return {"tokens": _BLOCK_TOKENS, "rows": _STRIPS * _STRIP_ROWS, "decode_rows": _DECODE_ROWS}
+
+
+def paged_key(q: Any, pages: KVPages, scoring: PagedScoring) -> str:
+    """A call by what decides its schedule, on one device."""
+    return tuning.key_of(
+        heads=q.shape[1],
+        kv_heads=pages.kv_heads,
+        head=pages.head_dim,
+        page=pages.page_size,
+        dtype=str(q.dtype),
+        element=pages.element,
+        rows=tuning.bucket(q.shape[0]),
+        window=None if scoring.window is None else tuning.bucket(scoring.window),
+        capped=scoring.soft_cap is not None,
+    )
+
+
+def _refuse(sizes: tuning.Sizes) -> str | None:
+    if sizes["tokens"] % LANES or sizes["decode_rows"] % LANES:
+        return f"tokens and rows of a block are multiples of {LANES}"
+    return f"rows of a tile are a multiple of {_STRIP_ROWS}" if sizes["rows"] % _STRIP_ROWS else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """Static sizes of one call.
@@ -39,7 +68,7 @@ class Sizes:
     Attributes:
         heads: of the queries, with those that fill up whole tiles of a TPU's memory.
         group: query heads of a kv head. width: elements of a stored row; joined: which is a key and its value.
-        per_block: pages of a block. strip, tile: rows.
+        per_block: pages of a block. strip, tile: rows. decode_rows: of a block, see `decode_tokens`.
     """
 
     heads: int
@@ -56,21 +85,23 @@ class Sizes:
     soft_cap: float | None
     scale: float
     element: str
+    decode_rows: int
 
     @classmethod
     def of(cls, q: Any, pages: KVPages, ragged: Ragged, scoring: PagedScoring) -> "Sizes":
         """Of a call with queries of this shape and dtype, on one device."""
         (rows, heads, _), dtype = q.shape, q.dtype
+        most_of = tuning.tuned("paged_attention", paged_key(q, pages, scoring), _refuse) or own_limits()
         width, group = pages.k.shape[-1], heads // pages.kv_heads
         # Whole vectors of lanes in a block, which needs no more pages than a sequence may have, rounded up.
         least = LANES // math.gcd(pages.page_size, LANES)
         most = _BLOCK_BYTES // (width * pages.k.dtype.itemsize * pages.kv_heads)
-        most = min(most, _BLOCK_TOKENS) // pages.page_size // least
+        most = min(most, most_of["tokens"]) // pages.page_size // least
         per_block = max(1, min(most, -(-ragged.capacity // least))) * least
         strip = max(16, _STRIP_ROWS // group // 16 * 16)
         whole_heads = -(-heads // _SUBLANES) * _SUBLANES
         strips = max(1, _TILE_BYTES // (strip * whole_heads * width * dtype.itemsize))
-        tile = 1 if rows == 1 else strip * min(_STRIPS, strips, -(-rows // strip))
+        tile = 1 if rows == 1 else strip * min(most_of["rows"] // _STRIP_ROWS, strips, -(-rows // strip))
         cap = None if scoring.soft_cap is None else float(scoring.soft_cap)
         heads_and_rows = whole_heads, group, pages.kv_heads, pages.head_dim, width, pages.joined
         return cls(
@@ -83,6 +114,7 @@ class Sizes:
             cap,
             float(scoring.scale),
             pages.element,
+            most_of["decode_rows"],
         )
 
     @property
@@ -101,7 +133,9 @@ class Sizes:
     def decode_tokens(self) -> int:
         """Tokens of a block that a decode row multiplies at a time: all, or a part of whole vectors of lanes."""
         parts = [n for n in range(1, self.block // LANES + 1) if self.block % (n * LANES) == 0]
-        return next((self.block // n for n in parts if self.block_rows // n <= _DECODE_ROWS), self.block // parts[-1])
+        return next(
+            (self.block // n for n in parts if self.block_rows // n <= self.decode_rows), self.block // parts[-1]
+        )
 
     @property
     def widths(self) -> list[int]:

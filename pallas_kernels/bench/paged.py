@@ -89,9 +89,9 @@ def paged_on_tpu(devices: Devices, folder: pathlib.Path) -> Iterator[KernelFigur
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
 
     for step in STEPS:
-        args = placed(_arguments, step)
+        args = placed(arguments, step)
         compile_for(mesh, functools.partial(paged_attention, implementation="mosaic_tpu"), *args)
-        sizes = Sizes.of(args[0], args[3], args[4], PagedScoring(1.0))
+        sizes = sizes_of(mesh, args)
         regions = kernel_regions(folder, "paged_attention")
         queries = 1 if step.rows == 1 else sizes.tile
         label = f"meshloom {queries} by {sizes.block}"
@@ -109,7 +109,13 @@ def paged_on_tpu(devices: Devices, folder: pathlib.Path) -> Iterator[KernelFigur
             yield _figures(step, f"jax {queries} by {pages * step.page}", devices.platform, queries, cycles, regions)
 
 
-def _arguments(step: Step) -> tuple[Any, ...]:
+def sizes_of(mesh: Any, args: tuple[Any, ...]) -> Sizes:
+    """Of our kernel, as the call in `paged_on_tpu` has them."""
+    with jax.set_mesh(mesh):
+        return Sizes.of(args[0], args[3], args[4], PagedScoring(HEAD_DIM**-0.5))
+
+
+def arguments(step: Step) -> tuple[Any, ...]:
     rows, width = step.sequences * step.rows, -(-step.length // step.page)
     q, kv = (jnp.zeros((rows, heads, HEAD_DIM), jnp.bfloat16) for heads in (HEADS, KV_HEADS))
     pages = KVPages.zeros(step.sequences * width, step.page, KV_HEADS, HEAD_DIM, step.element)
@@ -119,7 +125,7 @@ def _arguments(step: Step) -> tuple[Any, ...]:
 
 
 def _their_arguments(step: Step) -> tuple[Any, ...]:
-    q, _, _, _, ragged = _arguments(step)
+    q, _, _, _, ragged = arguments(step)
     pages = jnp.zeros((step.sequences * ragged.capacity, step.page, 2 * KV_HEADS, HEAD_DIM), jnp.bfloat16)
     return q, pages, ragged.kv_lens, ragged.page_table, ragged.cu_q_lens, jnp.zeros(1, jnp.int32)
 
@@ -181,12 +187,21 @@ def their_cycles(regions: list[Region], queries: int, block: int, step: Step) ->
     return float(sum(cycles_of(region) * times[min(region.depth, 3)] for region in regions))
 
 
-def _figures(step: Step, kernel: str, chip: str, queries: int, cycles: float, regions: list[Region]) -> KernelFigures:
-    """Against the products that are needed: what is masked counts as none. Decode rows are held against bytes alone."""
-    reads = -(-step.rows // queries)
+def kernel_cost(regions: list[Region], sizes: Sizes, step: Step) -> Cost:
+    """Of a call of ours."""
+    return Cost(our_cycles(regions, sizes, step), moved_bytes(step, 1 if step.rows == 1 else sizes.tile))
+
+
+def moved_bytes(step: Step, queries: int) -> float:
+    """Of whole pages, for each tile of so many queries, and of queries and results."""
     rows = 2 * 2 * HEADS * HEAD_DIM * step.rows * step.sequences
     whole_pages = -(-step.length // step.page) * step.page / step.length
-    moved = rows + (step.least_bytes - rows) * whole_pages * reads
+    return rows + (step.least_bytes - rows) * whole_pages * -(-step.rows // queries)
+
+
+def _figures(step: Step, kernel: str, chip: str, queries: int, cycles: float, regions: list[Region]) -> KernelFigures:
+    """Against the products that are needed: what is masked counts as none. Decode rows are held against bytes alone."""
+    moved = moved_bytes(step, queries)
     peak = _TILE_CYCLES.get(chip)
     least_seconds = step.least_bytes / CHIPS[chip].hbm_bandwidth
     return KernelFigures(

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 
 from meshloom.core.bundles import Region
 from meshloom.pallas_kernels import tuning
-from meshloom.pallas_kernels.attention import Mask, mosaic_tpu, mosaic_tpu_backward, paged_attention
+from meshloom.pallas_kernels.attention import Mask, mosaic_tpu, mosaic_tpu_backward
 from meshloom.pallas_kernels.attention.kernel import Scoring
 from meshloom.pallas_kernels.attention.paged import PagedScoring
+from meshloom.pallas_kernels.attention.paged_mosaic_tpu import paged_attention_mosaic_tpu
 from meshloom.pallas_kernels.attention.paged_schedule import Sizes as PagedSizes
 from meshloom.pallas_kernels.attention.paged_schedule import own_limits, paged_key
 from meshloom.pallas_kernels.attention.tuned import attention_key
@@ -59,6 +60,9 @@ WINDOWED = ((512, 512), (512, 1024), (1024, 512), (256, 512))
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096))
 # Rows, experts, numbers contracted and columns: Mixtral's projections up and down, and Qwen3-30B-A3B's.
 EXPERTS = ((8192, 8, 4096, 14336), (8192, 8, 14336, 4096), (8192, 128, 2048, 768), (8192, 128, 768, 2048))
+
+# Sequences of other decode steps that run the same instructions as the bench's.
+ALIKE = (8, 16, 64)
 
 
 def programs_of(op: str, *, apart: bool = False) -> list[Program]:
@@ -232,33 +236,43 @@ def _outer(rows: int, groups: int, contracted: int, columns: int) -> Program:
 
 
 def paged_programs(apart: bool) -> Iterator[Program]:
-    """The bench's steps over pages: how many tokens are a block, and how many rows are multiplied at a time."""
+    """The bench's steps over pages: how many tokens are a block, and how many rows are multiplied at a time.
+
+    Tiles of all steps of up to 64 rows are alike.
+    """
     for step in paged.STEPS:
-        yield _paged(step)
+        others = ALIKE if step.rows == 1 else ()
+        steps = [step, *(dataclasses.replace(step, sequences=sequences) for sequences in others)]
+        for some in [[each] for each in steps] if apart else [steps]:
+            yield _paged(some)
 
 
-def _paged(step: paged.Step) -> Program:
-    q, _, _, pages, ragged = jax.eval_shape(functools.partial(paged.arguments, step))
+def _paged(steps: list[paged.Step]) -> Program:
     scoring, own = PagedScoring(paged.HEAD_DIM**-0.5), own_limits()
     tokens, rows, decode = own.values()
-    if step.rows == 1:
+    if steps[0].rows == 1:
         others = [(tokens, rows, 2 * decode), (tokens, rows, decode // 2), (2 * tokens, rows, decode)]
     else:
         others = [(tokens, rows // 2, decode), (2 * tokens, rows, decode), (2 * tokens, rows // 2, decode)]
-    key = paged_key(q, pages, scoring)
 
-    def cost(regions: list[Region], limits: Any) -> Cost:
-        with tuning.overlay("paged_attention", limits):
-            return paged.kernel_cost(regions, PagedSizes.of(q, pages, ragged, scoring), step)
+    def key_and_cost(step: paged.Step) -> tuple[str, Callable[[list[Region], Any], Cost]]:
+        q, _, _, pages, ragged = jax.eval_shape(functools.partial(paged.arguments, step))
 
+        def cost(regions: list[Region], limits: Any) -> Cost:
+            with tuning.overlay("paged_attention", limits):
+                return paged.kernel_cost(regions, PagedSizes.of(q, pages, ragged, scoring), step)
+
+        return paged_key(q, pages, scoring), cost
+
+    costs = dict(map(key_and_cost, steps))
     return Program(
         "paged_attention",
-        key,
-        functools.partial(paged_attention, implementation="mosaic_tpu"),
-        functools.partial(paged.arguments, step),
+        next(iter(costs)),
+        lambda q, k, v, pages, ragged: paged_attention_mosaic_tpu(q, pages.write(k, v, ragged), ragged, scoring, None),
+        functools.partial(paged.arguments, steps[0]),
         own,
         [dict(zip(own, each, strict=True)) for each in others],
-        {key: cost},
+        costs,
     )
 
 

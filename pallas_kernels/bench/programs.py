@@ -33,10 +33,10 @@ from meshloom.pallas_kernels.matmul.grouped.tiles import (
     least_tiles,
     outer_key,
 )
-from meshloom.pallas_kernels.matmul.quantized import quantized_matmul
 from meshloom.pallas_kernels.matmul.quantized.blocks import Blocks as ProductBlocks
 from meshloom.pallas_kernels.matmul.quantized.blocks import largest_blocks, matmul_key
 from meshloom.pallas_kernels.matmul.quantized.formats import quantize
+from meshloom.pallas_kernels.matmul.quantized.mosaic_tpu import quantized_matmul_mosaic
 from meshloom.pallas_kernels.matmul.quantized.spec import MatmulSpec
 
 # Head sizes of queries and values, windows, and whether rows are packed with documents, as in training: Gemma 3, whose
@@ -154,7 +154,7 @@ def _product(rows: int, size: int, columns: int, format: str, activations: Any) 
     return Program(
         "quantized_matmul",
         matmul_key(spec),
-        lambda x, w: quantized_matmul(x, w, activations=activations, implementation="mosaic_tpu"),
+        lambda x, w: quantized_matmul_mosaic(x, w, activations=activations),
         arguments,
         dict(zip(names, (at_once, across, chunk), strict=True)),
         [dict(zip(names, each, strict=True)) for each in others if each[2] <= size],

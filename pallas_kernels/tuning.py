@@ -33,6 +33,8 @@ SIZES = {
     "attention_backward": ("block_q", "block_kv"),
     "quantized_matmul": ("rows", "columns", "chunk"),
     "grouped_matmul": ("rows", "columns", "contracted", "chunk"),
+    "grouped_outer": ("rows", "left", "right", "chunk"),
+    "paged_attention": ("tokens", "rows", "decode_rows"),
 }
 SHIPPED = pathlib.Path(__file__).parent / "tuned"
 

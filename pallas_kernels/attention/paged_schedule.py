@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
+from meshloom.pallas_kernels import tuning
 from meshloom.pallas_kernels.attention.paged import PagedScoring
 from meshloom.pallas_kernels.attention.pages import KVPages, Ragged
 
@@ -32,6 +33,34 @@ _DECODE_ROWS = 2048
 _PAGES_AT_ONCE = 16  # copies of so many pages start without a loop around each
 
 
+def own_limits() -> tuning.Sizes:
+    """What a search may choose (tuning.py): tokens of a block, rows of a tile by kv head, and rows of a block that a
+    decode row multiplies at a time; each at most, where a call has as many.
+    """
+    return {"tokens": _BLOCK_TOKENS, "rows": _STRIPS * _STRIP_ROWS, "decode_rows": _DECODE_ROWS}
+
+
+def paged_key(q: Any, pages: KVPages, scoring: PagedScoring) -> str:
+    """A call by what decides its schedule, on one device."""
+    return tuning.key_of(
+        heads=q.shape[1],
+        kv_heads=pages.kv_heads,
+        head=pages.head_dim,
+        page=pages.page_size,
+        dtype=str(q.dtype),
+        element=pages.element,
+        rows=tuning.bucket(q.shape[0]),
+        window=None if scoring.window is None else tuning.bucket(scoring.window),
+        capped=scoring.soft_cap is not None,
+    )
+
+
+def _refuse(sizes: tuning.Sizes) -> str | None:
+    if sizes["tokens"] % LANES or sizes["decode_rows"] % LANES:
+        return f"tokens and rows of a block are multiples of {LANES}"
+    return f"rows of a tile are a multiple of {_STRIP_ROWS}" if sizes["rows"] % _STRIP_ROWS else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """Static sizes of one call.
@@ -39,7 +68,7 @@ class Sizes:
     Attributes:
         heads: of the queries, with those that fill up whole tiles of a TPU's memory.
         group: query heads of a kv head. width: elements of a stored row; joined: which is a key and its value.
-        per_block: pages of a block. strip, tile: rows.
+        per_block: pages of a block. strip, tile: rows. decode_rows: of a block, see `decode_tokens`.
     """
 
     heads: int
@@ -56,21 +85,23 @@ class Sizes:
     soft_cap: float | None
     scale: float
     element: str
+    decode_rows: int
 
     @classmethod
     def of(cls, q: Any, pages: KVPages, ragged: Ragged, scoring: PagedScoring) -> "Sizes":
         """Of a call with queries of this shape and dtype, on one device."""
         (rows, heads, _), dtype = q.shape, q.dtype
+        most_of = tuning.tuned("paged_attention", paged_key(q, pages, scoring), _refuse) or own_limits()
         width, group = pages.k.shape[-1], heads // pages.kv_heads
         # Whole vectors of lanes in a block, which needs no more pages than a sequence may have, rounded up.
         least = LANES // math.gcd(pages.page_size, LANES)
         most = _BLOCK_BYTES // (width * pages.k.dtype.itemsize * pages.kv_heads)
-        most = min(most, _BLOCK_TOKENS) // pages.page_size // least
+        most = min(most, most_of["tokens"]) // pages.page_size // least
         per_block = max(1, min(most, -(-ragged.capacity // least))) * least
         strip = max(16, _STRIP_ROWS // group // 16 * 16)
         whole_heads = -(-heads // _SUBLANES) * _SUBLANES
         strips = max(1, _TILE_BYTES // (strip * whole_heads * width * dtype.itemsize))
-        tile = 1 if rows == 1 else strip * min(_STRIPS, strips, -(-rows // strip))
+        tile = 1 if rows == 1 else strip * min(most_of["rows"] // _STRIP_ROWS, strips, -(-rows // strip))
         cap = None if scoring.soft_cap is None else float(scoring.soft_cap)
         heads_and_rows = whole_heads, group, pages.kv_heads, pages.head_dim, width, pages.joined
         return cls(
@@ -83,6 +114,7 @@ class Sizes:
             cap,
             float(scoring.scale),
             pages.element,
+            most_of["decode_rows"],
         )
 
     @property
@@ -101,7 +133,9 @@ class Sizes:
     def decode_tokens(self) -> int:
         """Tokens of a block that a decode row multiplies at a time: all, or a part of whole vectors of lanes."""
         parts = [n for n in range(1, self.block // LANES + 1) if self.block % (n * LANES) == 0]
-        return next((self.block // n for n in parts if self.block_rows // n <= _DECODE_ROWS), self.block // parts[-1])
+        return next(
+            (self.block // n for n in parts if self.block_rows // n <= self.decode_rows), self.block // parts[-1]
+        )
 
     @property
     def widths(self) -> list[int]:
@@ -147,7 +181,10 @@ def items_of(ragged: Ragged, rows: int, sizes: Sizes) -> tuple[Int[Array, "7 I"]
 
 
 class TableRows:
-    """DMAs of one item's row of the page table into one of three buffers in SMEM, which has no room for all rows."""
+    """DMAs of one item's row of the page table into one of three buffers in SMEM, which has no room for all rows.
+
+    The buffers are one after the other in one dimension: of more dimensions each number takes five scalar operations.
+    """
 
     def __init__(self, sizes: Sizes, item, table, rows, sems):
         self.sizes, self.item, self.table, self.rows, self.sems = sizes, item, table, rows, sems
@@ -158,9 +195,10 @@ class TableRows:
         pages = pl.cdiv(self.item[LENGTH, i], self.sizes.page_size)
 
         def copy(piece, _):
-            where = pl.ds(pl.multiple_of(piece * LANES, LANES), LANES)
-            source, target = self.table.at[self.item[SEQUENCE, i], :, where], self.rows.at[i % 3, :, where]
-            act(pltpu.make_async_copy(source, target, self.sems.at[i % 3]))
+            at = pl.multiple_of(piece * LANES, LANES)
+            target = pl.multiple_of(self.begin(i) + at, LANES)
+            source = self.table.at[self.item[SEQUENCE, i], 0, pl.ds(at, LANES)]
+            act(pltpu.make_async_copy(source, self.rows.at[pl.ds(target, LANES)], self.sems.at[i % 3]))
 
         jax.lax.fori_loop(first, pl.cdiv(pages, LANES), copy, None)
 
@@ -170,9 +208,9 @@ class TableRows:
     def wait(self, i):
         self._each(i, lambda copy: copy.wait())
 
-    def page(self, i, at):
-        """Number of page `at` of the sequence of item i."""
-        return self.rows[i % 3, 0, at]
+    def begin(self, i):
+        """Where in `rows` the row of item i is."""
+        return i % 3 * self.table.shape[2]
 
 
 class BlockCopies:
@@ -181,42 +219,51 @@ class BlockCopies:
     def __init__(self, sizes: Sizes, item, table: TableRows, copies, sems):
         self.sizes, self.item, self.table, self.copies, self.sems = sizes, item, table, copies, sems
 
+    def _pages(self, i, j):
+        """Where in SMEM the numbers of the pages of block j of item i begin, and how many there are from there on."""
+        first = j * self.sizes.per_block
+        return self.table.begin(i) + first, pl.cdiv(self.item[LENGTH, i], self.sizes.page_size) - first
+
+    def _copy(self, begin, slot, first, count, act):
+        """Does `act` to the copies of `count` pages of a block from its page `first` on, a multiple of `count`."""
+        size = self.sizes.page_rows
+        where = pl.ds(pl.multiple_of(first * size, count * size), count * size)
+        targets = [
+            buffer.at[slot, where] if axis == 0 else buffer.at[slot, :, where] for _, buffer, axis in self.copies
+        ]
+        numbers = begin + first
+        for b in range(count):
+            number, rows = self.table.rows[numbers + b], pl.ds(b * size, size)
+            for (source, _, axis), target in zip(self.copies, targets, strict=True):
+                part = target.at[rows] if axis == 0 else target.at[:, rows]
+                act(pltpu.make_async_copy(source.at[number], part, self.sems.at[slot]))
+
     def _each(self, i, j, slot, act, every):
         """Does `act` to the copy of each page of block j of item i that is there, or `every` when all are."""
-        sizes = self.sizes
-        first = j * sizes.per_block
-        pages = pl.cdiv(self.item[LENGTH, i], sizes.page_size) - first
-
-        def page(b):
-            number = self.table.page(i, first + b)
-            for source, buffer, axis in self.copies:
-                size = sizes.page_rows
-                where = pl.ds(pl.multiple_of(b * size, size), size)
-                target = buffer.at[slot, where] if axis == 0 else buffer.at[slot, :, where]
-                act(pltpu.make_async_copy(source.at[number], target, self.sems.at[slot]))
-
-        whole = pages >= sizes.per_block
-        pl.when(whole)(lambda: every(page))
-        pl.when(~whole)(lambda: jax.lax.fori_loop(0, pages, lambda b, _: page(b), None))
+        begin, pages = self._pages(i, j)
+        whole = pages >= self.sizes.per_block
+        pl.when(whole)(lambda: every(begin))
+        pl.when(~whole)(lambda: jax.lax.fori_loop(0, pages, lambda b, _: self._copy(begin, slot, b, 1, act), None))
 
     def start(self, i, j, slot):
         """Copies fly; a whole block's without a loop around each page."""
+        at_once = math.gcd(self.sizes.per_block, _PAGES_AT_ONCE)
 
-        def every(page):
-            at_once = math.gcd(self.sizes.per_block, _PAGES_AT_ONCE)
+        def start(copy):
+            copy.start()
 
-            def some(first, _):
-                for b in range(at_once):
-                    page(first * at_once + b)
+        def every(begin):
+            def some(group, _):
+                self._copy(begin, slot, group * at_once, at_once, start)
 
             jax.lax.fori_loop(0, self.sizes.per_block // at_once, some, None)
 
-        self._each(i, j, slot, lambda copy: copy.start(), every)
+        self._each(i, j, slot, start, every)
 
     def wait(self, i, j, slot):
         """Until all have landed; a whole block's bytes are waited for at once."""
 
-        def every(page):
+        def every(_):
             for _, buffer, _ in self.copies:
                 pltpu.make_async_copy(buffer.at[slot], buffer.at[slot], self.sems.at[slot]).wait()
 

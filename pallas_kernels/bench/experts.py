@@ -12,8 +12,10 @@ from meshloom.core.ahead import target_devices
 from meshloom.core.bundles import Region, kernel_memory, kernel_regions
 from meshloom.core.topology import Devices, make_mesh
 from meshloom.pallas_kernels.bench.figures import TILE_CYCLES, Cost, KernelFigures, compile_for, cycles_of
+from meshloom.pallas_kernels.dispatch import Target
 from meshloom.pallas_kernels.matmul.grouped import GroupedSpec, grouped_matmul
-from meshloom.pallas_kernels.matmul.grouped.tiles import Tiles, product_tiles
+from meshloom.pallas_kernels.matmul.grouped.mosaic_tpu import MOSAIC_TPU
+from meshloom.pallas_kernels.matmul.grouped.tiles import OuterTiles, Tiles, outer_tiles, product_tiles
 
 # Mixtral's up projection: 1,024 rows for each expert.
 ROWS, EXPERTS, CONTRACTED, COLUMNS = 8192, 8, 4096, 14336
@@ -22,12 +24,12 @@ BENCH = GroupedSpec(ROWS, EXPERTS, CONTRACTED, COLUMNS, "bfloat16", "bfloat16", 
 # takes 256 times as many steps as the first.
 TILINGS = ((512, 1024, 1024), (512, 4096, 512), (256, 4096, 512))
 # Rows that the comparison makes.
-EXPERT_ROWS = 1 + len(TILINGS)
+EXPERT_ROWS = 3 + len(TILINGS)
 
 
 def experts_on_tpu(devices: Devices, folder: pathlib.Path) -> Iterator[KernelFigures]:
     """8,192 rows of 4,096 bfloat16 numbers, of eight experts in equal parts, by 14,336 x 4,096 weights as they are
-    stored.
+    stored; then both gradients of that, ours alone.
 
     What megablox has no fast memory for has no figures.
 
@@ -49,9 +51,7 @@ def experts_on_tpu(devices: Devices, folder: pathlib.Path) -> Iterator[KernelFig
     with jax.set_mesh(mesh):
         tiles = product_tiles(GroupedSpec.of(x, w, sizes, True))
     assert tiles is not None  # or the compiler would have had nothing to do
-    label = f"meshloom {tiles.rows}x{tiles.contracted}x{tiles.columns}"
-    vmem = kernel_memory(folder, "grouped_matmul")
-    yield dataclasses.replace(_figures(op, label, kernel_regions(folder, "grouped_matmul"), tiles, peaks), vmem=vmem)
+    yield _figures(op, f"meshloom {_label(tiles)}", folder, "grouped_matmul", BENCH, tiles, peaks)
 
     for tiling in TILINGS:
 
@@ -67,19 +67,48 @@ def experts_on_tpu(devices: Devices, folder: pathlib.Path) -> Iterator[KernelFig
             yield KernelFigures(op, f"{label}: no room", None, None, None, None, None)
             continue
         rows, contracted, columns = tiling
-        figures = _figures(
-            op, label, kernel_regions(folder, "gmm"), Tiles(rows, columns, contracted, contracted), peaks
-        )
-        yield dataclasses.replace(figures, vmem=kernel_memory(folder, "gmm"))
+        yield _figures(op, label, folder, "gmm", BENCH, Tiles(rows, columns, contracted, contracted), peaks)
+
+    def of_rows(d_out, w, sizes):
+        return MOSAIC_TPU.product(d_out, w, sizes, False, Target.of_mesh())
+
+    def of_weights(d_out, x, sizes):
+        return MOSAIC_TPU.outer(d_out, x, sizes, d_out.dtype, Target.of_mesh())
+
+    d_out = jax.ShapeDtypeStruct((ROWS, COLUMNS), jnp.bfloat16, sharding=whole)
+    compile_for(mesh, of_rows, d_out, w, sizes)
+    spec = dataclasses.replace(BENCH, contracted=COLUMNS, columns=CONTRACTED, transposed=False)
+    with jax.set_mesh(mesh):
+        tiles, outer = product_tiles(spec), outer_tiles(ROWS, EXPERTS, COLUMNS, CONTRACTED, d_out.dtype)
+    assert tiles is not None  # as above
+    yield _figures(f"{op}, gradient of rows", f"meshloom {_label(tiles)}", folder, "grouped_matmul", spec, tiles, peaks)
+    compile_for(mesh, of_weights, d_out, x, sizes)
+    label = f"meshloom {outer.rows}x{outer.left}x{outer.right}"
+    yield _figures(f"{op}, gradient of weights", label, folder, "grouped_outer", BENCH, outer, peaks)
 
 
-def _figures(op: str, kernel: str, regions: list[Region], tiles: Tiles, peaks: dict[str, int] | None) -> KernelFigures:
-    cost = kernel_cost(regions, BENCH, tiles)
+def _label(tiles: Tiles) -> str:
+    return f"{tiles.rows}x{tiles.contracted}x{tiles.columns}"
+
+
+def _figures(
+    op: str,
+    label: str,
+    folder: pathlib.Path,
+    kernel: str,
+    spec: GroupedSpec,
+    tiles: Tiles | OuterTiles,
+    peaks: dict[str, int] | None,
+) -> KernelFigures:
+    """Of the kernel that was compiled last."""
+    regions = kernel_regions(folder, kernel)
+    cost = kernel_cost(regions, spec, tiles) if isinstance(tiles, Tiles) else outer_cost(regions, spec, tiles)
     products_of_tile = ROWS * CONTRACTED * COLUMNS / 128**3
     share = None if peaks is None else peaks["bf16"] * products_of_tile / cost.cycles
     least = 2.0 * (ROWS * CONTRACTED + EXPERTS * COLUMNS * CONTRACTED + ROWS * COLUMNS)
     spills = sum(region.spills for region in regions if region.matmuls)
-    return KernelFigures(op, kernel, cost.cycles / products_of_tile, share, cost.cycles, spills, cost.bytes / least)
+    figures = KernelFigures(op, label, cost.cycles / products_of_tile, share, cost.cycles, spills, cost.bytes / least)
+    return dataclasses.replace(figures, vmem=kernel_memory(folder, kernel))
 
 
 def kernel_cost(regions: list[Region], spec: GroupedSpec, tiles: Tiles) -> Cost:
@@ -101,3 +130,22 @@ def kernel_cost(regions: list[Region], spec: GroupedSpec, tiles: Tiles) -> Cost:
     weights = spec.contracted * spec.columns * (spec.groups if steps == 1 else down)
     moved = x * (across * spec.rows * spec.contracted + spec.rows * spec.columns) + w * weights
     return Cost(float(across * down * (multiplied + beside)), float(moved))
+
+
+def outer_cost(regions: list[Region], spec: GroupedSpec, tiles: OuterTiles) -> Cost:
+    """Of the gradient of a product's weights, of groups as above.
+
+    Before the products (of a tile of one group, then of one that groups share) is a region for groups of no rows, after
+    them one that writes the result of a group; each is the longest there. All others count once for every visit.
+    """
+    down, across = -(-spec.columns // tiles.left), -(-spec.contracted // tiles.right)
+    visits = -(-spec.rows // spec.groups // tiles.rows)
+    whole, shared = (region for region in regions if region.matmuls)
+    begin, end = regions.index(whole), regions.index(shared)
+    empty, written = (max(part, key=lambda region: region.bundles) for part in (regions[:begin], regions[end + 1 :]))
+    beside = sum(each.bundles for each in regions if each not in (empty, whole, shared, written))
+    of_group = visits * (cycles_of(whole) * (tiles.left // tiles.chunk) + beside) + written.bundles
+    x = jnp.dtype(spec.x).itemsize
+    rows = x * spec.rows * (spec.columns * across + spec.contracted * down)
+    result = x * spec.groups * spec.columns * spec.contracted
+    return Cost(float(down * across * spec.groups * of_group), float(rows + result))

@@ -23,7 +23,7 @@ from meshloom.pallas_kernels.attention.paged import PagedScoring
 from meshloom.pallas_kernels.attention.paged_schedule import Sizes
 from meshloom.pallas_kernels.bench.figures import Cost, KernelFigures, compile_for, cycles_of
 
-HEADS, KV_HEADS, HEAD_DIM, PAGE = 32, 8, 128, 16
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 # Cycles of a core for a product of 128 x 128 x 128 where 128 is what is summed over or the width, as in attention.
 _TILE_CYCLES = {"v5e": 32, "v5p": 32, "v6e": 16}
 
@@ -33,6 +33,7 @@ class Step:
     """`sequences` of `length` tokens, the last `rows` of each in this step.
 
     Attributes:
+        page: tokens of one.
         peers: (queries, pages) at a time in which JAX's kernel was fastest of those tried.
     """
 
@@ -41,12 +42,17 @@ class Step:
     rows: int
     length: int
     element: str = "bfloat16"
+    page: int = 16
     peers: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def scaled(self) -> bool:
+        return self.element != "bfloat16"
 
     @property
     def least_bytes(self) -> int:
         """Of queries, results, keys and values, each once."""
-        each = HEAD_DIM + 4 if self.element == "int8" else 2 * HEAD_DIM
+        each = HEAD_DIM + 4 if self.scaled else 2 * HEAD_DIM
         return self.sequences * (2 * 2 * HEADS * HEAD_DIM * self.rows + 2 * KV_HEADS * each * self.length)
 
     @property
@@ -58,7 +64,10 @@ class Step:
 
 STEPS = (
     Step("decode, 32 of 2,040", 32, 1, 2040, peers=((8, 16), (8, 32))),
-    Step("decode, int8 cache", 32, 1, 2040, "int8"),
+    Step("decode, int8, pages of 16", 32, 1, 2040, "int8"),
+    # As plans choose them for a cache with scales.
+    Step("decode, int8, pages of 128", 32, 1, 2040, "int8", 128),
+    Step("decode, float8, pages of 128", 32, 1, 2040, "float8_e4m3fn", 128),
     Step("prefill of 2,048", 1, 2048, 2048, peers=((64, 32), (128, 32))),
     Step("512 rows after 7,680", 1, 512, 8192, peers=((128, 32),)),
 )
@@ -80,9 +89,9 @@ def paged_on_tpu(devices: Devices, folder: pathlib.Path) -> Iterator[KernelFigur
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
 
     for step in STEPS:
-        args = placed(_arguments, step)
+        args = placed(arguments, step)
         compile_for(mesh, functools.partial(paged_attention, implementation="mosaic_tpu"), *args)
-        sizes = Sizes.of(args[0], args[3], args[4], PagedScoring(1.0))
+        sizes = sizes_of(mesh, args)
         regions = kernel_regions(folder, "paged_attention")
         queries = 1 if step.rows == 1 else sizes.tile
         label = f"meshloom {queries} by {sizes.block}"
@@ -96,22 +105,28 @@ def paged_on_tpu(devices: Devices, folder: pathlib.Path) -> Iterator[KernelFigur
             )
             compile_for(mesh, theirs, *placed(_their_arguments, step))
             regions = kernel_regions(folder, "ragged_paged_attention_kernel")
-            cycles = their_cycles(regions, queries, pages * PAGE, step)
-            yield _figures(step, f"jax {queries} by {pages * PAGE}", devices.platform, queries, cycles, regions)
+            cycles = their_cycles(regions, queries, pages * step.page, step)
+            yield _figures(step, f"jax {queries} by {pages * step.page}", devices.platform, queries, cycles, regions)
 
 
-def _arguments(step: Step) -> tuple[Any, ...]:
-    rows, width = step.sequences * step.rows, -(-step.length // PAGE)
+def sizes_of(mesh: Any, args: tuple[Any, ...]) -> Sizes:
+    """Of our kernel, as the call in `paged_on_tpu` has them."""
+    with jax.set_mesh(mesh):
+        return Sizes.of(args[0], args[3], args[4], PagedScoring(HEAD_DIM**-0.5))
+
+
+def arguments(step: Step) -> tuple[Any, ...]:
+    rows, width = step.sequences * step.rows, -(-step.length // step.page)
     q, kv = (jnp.zeros((rows, heads, HEAD_DIM), jnp.bfloat16) for heads in (HEADS, KV_HEADS))
-    pages = KVPages.zeros(step.sequences * width, PAGE, KV_HEADS, HEAD_DIM, step.element)
+    pages = KVPages.zeros(step.sequences * width, step.page, KV_HEADS, HEAD_DIM, step.element)
     table = jnp.zeros((step.sequences, width), jnp.int32)
     ragged = Ragged(jnp.zeros(step.sequences, jnp.int32), table, jnp.zeros(step.sequences + 1, jnp.int32), jnp.int32(0))
     return q, kv, kv, pages, ragged
 
 
 def _their_arguments(step: Step) -> tuple[Any, ...]:
-    q, _, _, _, ragged = _arguments(step)
-    pages = jnp.zeros((step.sequences * ragged.capacity, PAGE, 2 * KV_HEADS, HEAD_DIM), jnp.bfloat16)
+    q, _, _, _, ragged = arguments(step)
+    pages = jnp.zeros((step.sequences * ragged.capacity, step.page, 2 * KV_HEADS, HEAD_DIM), jnp.bfloat16)
     return q, pages, ragged.kv_lens, ragged.page_table, ragged.cu_q_lens, jnp.zeros(1, jnp.int32)
 
 
@@ -128,17 +143,19 @@ def _walks(regions: list[Region]) -> list[list[Region]]:
 
 def our_cycles(regions: list[Region], sizes: Sizes, step: Step) -> float:
     """Cycles of a call. Depth 0 runs once, 1 for an item, 2 for a block; deeper are the loops over parts of a decode
-    row's block, over heads, over groups of pages whose copies start, and over the pages of a block that is not whole.
+    row's block, over heads, over groups of pages whose copies start (none where they are one), and over the pages of a
+    block that is not whole.
     """
     walks = _walks(regions)
     walk = walks[0] if step.rows == 1 else walks[1]
     begin, end = regions.index(walks[0][0]), regions.index(walk[-1]) + 1
-    copying = [region for region in walk if region.depth > 2 and not region.matmuls]
-    starts = max(copying, key=lambda region: region.copies)
+    beside = [region for region in walk if not region.matmuls]
+    starts = max(beside, key=lambda region: region.copies)
+    beside.remove(starts)
     groups = sizes.per_block * (4 if sizes.scaled else 2) / starts.copies
-    block = sum(region.bundles for region in walk if region.depth == 2) + groups * starts.bundles
-    tail_pages = -(-step.length // PAGE) % sizes.per_block
-    tail = tail_pages * sum(region.bundles for region in copying if region is not starts)
+    block = sum(region.bundles for region in beside if region.depth == 2) + groups * starts.bundles
+    tail_pages = -(-step.length // step.page) % sizes.per_block
+    tail = tail_pages * sum(region.bundles for region in beside if region.depth > 2)
     multiplied, *widths = [cycles_of(region) for region in walk if region.matmuls]
     cycles = float(sum(region.bundles for region in regions if region.depth == 0))
     if step.rows == 1:
@@ -170,12 +187,21 @@ def their_cycles(regions: list[Region], queries: int, block: int, step: Step) ->
     return float(sum(cycles_of(region) * times[min(region.depth, 3)] for region in regions))
 
 
+def kernel_cost(regions: list[Region], sizes: Sizes, step: Step) -> Cost:
+    """Of a call of ours."""
+    return Cost(our_cycles(regions, sizes, step), moved_bytes(step, 1 if step.rows == 1 else sizes.tile))
+
+
+def moved_bytes(step: Step, queries: int) -> float:
+    """Of whole pages, for each tile of so many queries, and of queries and results."""
+    rows = 2 * 2 * HEADS * HEAD_DIM * step.rows * step.sequences
+    whole_pages = -(-step.length // step.page) * step.page / step.length
+    return rows + (step.least_bytes - rows) * whole_pages * -(-step.rows // queries)
+
+
 def _figures(step: Step, kernel: str, chip: str, queries: int, cycles: float, regions: list[Region]) -> KernelFigures:
     """Against the products that are needed: what is masked counts as none. Decode rows are held against bytes alone."""
-    reads = -(-step.rows // queries)
-    rows = 2 * 2 * HEADS * HEAD_DIM * step.rows * step.sequences
-    whole_pages = -(-step.length // PAGE) * PAGE / step.length
-    moved = rows + (step.least_bytes - rows) * whole_pages * reads
+    moved = moved_bytes(step, queries)
     peak = _TILE_CYCLES.get(chip)
     least_seconds = step.least_bytes / CHIPS[chip].hbm_bandwidth
     return KernelFigures(
@@ -187,5 +213,5 @@ def _figures(step: Step, kernel: str, chip: str, queries: int, cycles: float, re
         spills=sum(region.spills for region in regions if region.matmuls),
         hbm=moved / step.least_bytes,
         times_bytes=Cost(cycles, moved).seconds(chip) / least_seconds if step.rows == 1 else None,
-        page_cycles=cycles / (step.sequences * -(-step.length // PAGE)) if step.rows == 1 else None,
+        page_cycles=cycles / (step.sequences * -(-step.length // step.page)) if step.rows == 1 else None,
     )

@@ -64,7 +64,7 @@ def products_on_tpu(devices: Devices, folder: pathlib.Path) -> Iterator[KernelFi
 def bytes_of(w: QArray) -> float:
     """Of values, some of half a byte, which JAX counts as one, and scales."""
     each = 0.5 if w.values.dtype == jnp.int4 else w.values.dtype.itemsize
-    return w.values.size * each + w.scales.size * w.scales.dtype.itemsize
+    return float(w.values.size * each + w.scales.size * w.scales.dtype.itemsize)
 
 
 def _figures(

@@ -1,5 +1,6 @@
 """The kernel bench compares like with like."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -15,7 +16,7 @@ from meshloom.kernel_bench import bench_kernels
 from meshloom.pallas_kernels.attention.paged_schedule import Sizes
 from meshloom.pallas_kernels.attention.visits import Blocks
 from meshloom.pallas_kernels.bench import attention, collective, cpu, experts, paged, products, tokamax
-from meshloom.pallas_kernels.matmul.grouped.tiles import Tiles
+from meshloom.pallas_kernels.matmul.grouped.tiles import OuterTiles, Tiles
 from meshloom.pallas_kernels.matmul.quantized import blocks as quantized
 from meshloom.pallas_kernels.matmul.quantized.spec import MatmulSpec
 from tests.compilers import needs_tpu
@@ -67,13 +68,20 @@ def test_rows_are_rounded_strip_by_strip_in_the_first_block_of_columns():
 def test_a_weight_is_read_once_for_its_group_where_a_row_is_multiplied_whole():
     products = [Region(n, bundles, False, {"bf16": 4}, 1, 0) for n, bundles in ((1, 1000), (2, 900))]
     other = Region(3, bundles=10, loops=True, matmuls={}, spills=0, fills=0)
-    looped = experts._figures("op", "ours", [other, products[0]], Tiles(512, 1792, 4096, 1024), {"bf16": 8})
+    looped = experts.kernel_cost([other, products[0]], experts.BENCH, Tiles(512, 1792, 4096, 1024))
     assert looped.cycles == 16 * 8 * (4 * 1000 + 10)
-    stepped = experts._figures("op", "peer", [other, *products], Tiles(512, 1024, 1024, 1024), {"bf16": 8})
+    stepped = experts.kernel_cost([other, *products], experts.BENCH, Tiles(512, 1024, 1024, 1024))
     assert stepped.cycles == 16 * 14 * (1000 + 3 * 900 + 4 * 10)
     x, w, out = 8192 * 4096, 8 * 14336 * 4096, 8192 * 14336
-    assert looped.hbm == (8 * x + w + out) / (x + w + out)
-    assert stepped.hbm == (14 * x + 2 * w + out) / (x + w + out)
+    assert looped.bytes == 2 * (8 * x + w + out)
+    assert stepped.bytes == 2 * (14 * x + 2 * w + out)
+    # The gradient of weights: 8 x 2 tiles of each, two visits of two runs, the result once, nothing for empty groups.
+    empty, shared, written = (Region(n, bundles, False, {}, 0, 0) for n, bundles in ((4, 500), (5, 1200), (6, 400)))
+    shared = dataclasses.replace(shared, matmuls={"bf16": 4})
+    regions = [other, empty, products[0], shared, written]
+    outer = experts.outer_cost(regions, experts.BENCH, OuterTiles(512, 1792, 2048, 896))
+    assert outer.cycles == 8 * 2 * 8 * (2 * (2 * 1000 + 10) + 400)
+    assert outer.bytes == 2 * (2 * out + 8 * x + w)
 
 
 def test_a_ring_multiplies_every_block_of_every_shard_and_begins_once():
@@ -102,7 +110,7 @@ def test_regions_of_a_paged_kernel_run_as_often_as_the_loops_around_them():
     tile = [*block(), *(region(bundles, 3, 1) for bundles in (2000, 1100, 1900)), region(600, 4, 1)]
     item, begin, end = region(7, 1), region(300, 2), region(40, 1, copies=1)
     regions = [region(1000, 0), item, *decode, end, begin, region(5, 1), *tile, region(90, 1), region(11, 0)]
-    sizes = Sizes(32, 4, 8, 128, 128, False, 16, 32, 64, 256, None, None, 1.0, "bfloat16")
+    sizes = Sizes(32, 4, 8, 128, 128, False, 16, 32, 64, 256, None, None, 1.0, "bfloat16", 2048)
     once, whole = 1011, 30 + 2 * 200
     # 1,000 tokens: two blocks, the second with 31 pages, in four parts of 256.
     step = paged.Step("decode", sequences=3, rows=1, length=1000)

@@ -11,11 +11,14 @@ import pytest
 from meshloom.core.ahead import target_devices
 from meshloom.core.errors import ConfigError, MeshloomError
 from meshloom.core.topology import make_mesh, parse_devices
-from meshloom.pallas_kernels import tuning
-from meshloom.pallas_kernels.attention import Mask, mosaic_tpu
+from meshloom.pallas_kernels import KVPages, Ragged, tuning
+from meshloom.pallas_kernels.attention import Mask, mosaic_tpu, paged_schedule
 from meshloom.pallas_kernels.attention.kernel import Scoring
+from meshloom.pallas_kernels.attention.paged import PagedScoring
 from meshloom.pallas_kernels.attention.tuned import attention_key, tuned_blocks
+from meshloom.pallas_kernels.dispatch import Target
 from meshloom.pallas_kernels.matmul.grouped import GroupedSpec, tiles
+from meshloom.pallas_kernels.matmul.grouped.mosaic_tpu import MOSAIC_TPU
 from meshloom.pallas_kernels.matmul.quantized import blocks
 from meshloom.pallas_kernels.matmul.quantized.spec import MatmulSpec
 from meshloom.pallas_kernels.tuning import Found, bucket, key_of, overlay, read, tuned, write
@@ -23,6 +26,7 @@ from tests.compilers import needs_tpu
 
 CAUSAL = Mask()
 SIZES = {"block_q": 256, "block_kv": 512}
+PAGED = {"tokens": 1024, "rows": 256, "decode_rows": 1024}
 SPEC = MatmulSpec((512, 1024), (1024, 1024), "bfloat16", "int8", (1, 1024), "int8")
 
 
@@ -200,6 +204,37 @@ def test_tiles_that_do_not_divide_or_fit_are_refused(sizes, said):
         tiles.product_tiles(spec)
 
 
+def test_a_gradient_of_weights_takes_the_tiles_that_are_known(files, on_v6e):
+    call = 4096, 8, 2048, 1024, jnp.bfloat16
+    own = tiles.outer_tiles(*call)
+    known = tiles.OuterTiles(1024, 512, 1024, 256)
+    tuning._once.cache_clear()
+    keep(files[1], "grouped_outer", tiles.outer_key(*call), vars(known))
+    assert tiles.outer_tiles(*call) == known != own
+    assert tiles.outer_tiles(4096, 8, 2048, 1024, jnp.float32).left == own.left
+    illegal = ((512, 4096, 512, 512), "all 2048"), ((512, 1024, 512, 384), "chunks"), ((96, 512, 512, 512), "rows")
+    for sizes, said in illegal:
+        asked = dict(zip(vars(known), sizes, strict=True))
+        with overlay("grouped_outer", asked), pytest.raises(MeshloomError, match=said):
+            tiles.outer_tiles(*call)
+
+
+def test_a_call_over_pages_takes_the_sizes_that_are_known(files, on_v6e):
+    q, scoring = jax.ShapeDtypeStruct((32, 32, 128), jnp.bfloat16), PagedScoring(1.0)
+    pages = jax.eval_shape(lambda: KVPages.zeros(512, 128, 8, 128, "int8"))
+    ragged = Ragged(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((32,), (32, 16), (33,), ())))
+    own = paged_schedule.Sizes.of(q, pages, ragged, scoring)
+    assert (own.block, own.decode_tokens, own.tile) == (512, 256, 64)
+    keep(files[1], "paged_attention", paged_schedule.paged_key(q, pages, scoring), PAGED)
+    tuning._once.cache_clear()
+    known = paged_schedule.Sizes.of(q, pages, ragged, scoring)
+    assert (known.block, known.decode_tokens, known.tile) == (1024, 128, 64)
+    short = dataclasses.replace(ragged, page_table=jax.ShapeDtypeStruct((32, 2), jnp.int32))
+    assert paged_schedule.Sizes.of(q, pages, short, scoring).block == 256
+    with overlay("paged_attention", PAGED | {"tokens": 96}), pytest.raises(MeshloomError, match="multiples of 128"):
+        paged_schedule.Sizes.of(q, pages, ragged, scoring)
+
+
 def test_values_do_not_depend_on_the_blocks():
     from meshloom.pallas_kernels.matmul.quantized.formats import quantize
     from meshloom.pallas_kernels.matmul.quantized.mosaic_tpu import quantized_matmul_mosaic
@@ -211,6 +246,19 @@ def test_values_do_not_depend_on_the_blocks():
     with overlay("quantized_matmul", {"rows": 32, "columns": 128, "chunk": 128}):
         other = quantized_matmul_mosaic(x, w, activations="int8", interpret=True)
     np.testing.assert_array_equal(np.asarray(own, np.float32), np.asarray(other, np.float32))
+
+
+def test_a_gradient_of_weights_does_not_depend_on_its_tiles():
+    # A tile of one group, tiles that groups share, a group of no rows and rows of none.
+    counts, (rows, left, right) = jnp.asarray([128, 100, 0, 60], jnp.int32), (300, 512, 256)
+    rng = np.random.default_rng(0)
+    a, b = (jnp.asarray(rng.integers(-4, 5, size=(rows, side)), jnp.bfloat16) for side in (left, right))
+    with overlay("grouped_outer", {"rows": 128, "left": 256, "right": 128, "chunk": 128}):
+        got = MOSAIC_TPU.outer(a, b, counts, jnp.float32, Target(), interpret=True)
+    ends = np.cumsum(counts)
+    for group, (first, end) in enumerate(zip(ends - counts, ends, strict=True)):
+        exact = np.asarray(a[first:end], np.float32).T @ np.asarray(b[first:end], np.float32)
+        np.testing.assert_array_equal(got[group], exact)
 
 
 @needs_tpu

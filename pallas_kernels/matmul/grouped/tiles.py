@@ -1,6 +1,8 @@
 """How large the tiles of a grouped product are on a TPU, from shapes alone."""
 
 import dataclasses
+import itertools
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -10,7 +12,7 @@ from meshloom.pallas_kernels.tuning import Sizes, bucket, key_of, tuned
 LANES = 128
 # Fast memory that tiles may take, and that the compiler may use: the smallest core has 64 MiB (TPU v7x).
 BUDGET, LIMIT = 44 * 2**20, 56 * 2**20
-MOST_ROWS, MOST_COLUMNS, MOST_SIDE = 512, 2048, 1536
+MOST_ROWS, MOST_COLUMNS = 512, 2048
 # A tile of fewer columns reads the rows more often than the multiplier takes to use them.
 LEAST_COLUMNS = 512
 # Operations in the time of a byte from HBM, on v5e; other TPUs have more (v5p 166 is the exception).
@@ -20,6 +22,10 @@ OPERATIONS_PER_BYTE = 240
 # More than that would be slow to compile and to fetch: 4,096 numbers are 46,307 bundles on v5e. Longer rows take rounds
 # of as many: a round of 1,792 columns takes 237 bundles to begin and end on v6e, be it of 1,024 numbers or of 2,048.
 STRAIGHT = CHUNK = 2048
+# Columns of the left side of a gradient of weights, and sides of what one run of instructions makes of it. Large sides
+# are read seldom, and small runs are fetched fast: the gradient of Mixtral's 14,336 x 4,096 over 8,192 rows takes 1.72
+# ms of v6e's bandwidth in tiles of 1,024 x 1,024, and 1.15 in those of 2,048 x 2,048, half of the left side at a time.
+LARGEST_CHUNK, MOST_RUN = 1024, 1536 * 1536
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +116,72 @@ def _cost(spec: GroupedSpec, tiles: Tiles) -> float:
     return x + w + operations / OPERATIONS_PER_BYTE
 
 
-def outer_tiles(rows: int, groups: int, a: int, b: int) -> tuple[int, int, int]:
-    """Rows of a visit, and the two sides of a tile of the result."""
-    return tile_rows(rows, groups), _widths(a, MOST_SIDE)[0], _widths(b, MOST_SIDE)[0]
+@dataclasses.dataclass(frozen=True)
+class OuterTiles:
+    """Sizes of one visit of the gradient of weights.
+
+    Attributes:
+        rows: that are summed over. left, right: sides of the result.
+        chunk: of the left side, multiplied by one run of instructions; divides it.
+    """
+
+    rows: int
+    left: int
+    right: int
+    chunk: int
+
+
+def outer_tiles(rows: int, groups: int, a: int, b: int, dtype: Any) -> OuterTiles:
+    """Tiles of a^T b over groups of rows [M, A] and [M, B] of one dtype: those known to be fast, or `least_outer`."""
+
+    def refuse(sizes: Sizes) -> str | None:
+        tiles = OuterTiles(**sizes)
+        for name, size, whole in (("rows", tiles.rows, rows), ("left", tiles.left, a), ("right", tiles.right, b)):
+            if size > whole or (size % LANES and size != whole):
+                return f"{name} are a multiple of {LANES}, or all {whole}"
+        if tiles.left % tiles.chunk or (tiles.chunk % LANES and tiles.chunk != tiles.left):
+            return f"chunks are multiples of {LANES} that divide the left side"
+        return None if _outer_held(tiles, dtype) <= BUDGET else f"they take more than {BUDGET:,} bytes of fast memory"
+
+    sizes = tuned("grouped_outer", outer_key(rows, groups, a, b, dtype), refuse)
+    return least_outer(rows, groups, a, b, dtype) if sizes is None else OuterTiles(**sizes)
+
+
+def outer_key(rows: int, groups: int, a: int, b: int, dtype: Any) -> str:
+    """A gradient of weights by what decides its schedule."""
+    return key_of(left=a, right=b, groups=groups, rows=bucket(rows), dtype=jnp.dtype(dtype).name)
+
+
+def least_outer(rows: int, groups: int, a: int, b: int, dtype: Any) -> OuterTiles:
+    """The tiles that multiply and copy least, of those that fit; sides of 512 always do."""
+    at_once, itemsize = tile_rows(rows, groups), jnp.dtype(dtype).itemsize
+
+    def cost(tiles: OuterTiles) -> float:
+        down, across = -(-a // tiles.left), -(-b // tiles.right)
+        operations = 2 * rows * down * tiles.left * across * tiles.right
+        return itemsize * rows * (a * across + b * down) + operations / OPERATIONS_PER_BYTE
+
+    sides = itertools.product(_widths(a, MOST_COLUMNS), _widths(b, MOST_COLUMNS))
+    every = (OuterTiles(at_once, left, right, _outer_chunk(left)) for left, right in sides)
+    return min(
+        (each for each in every if each.chunk * each.right <= MOST_RUN and _outer_held(each, dtype) <= BUDGET), key=cost
+    )
+
+
+def _outer_held(tiles: OuterTiles, dtype: Any) -> int:
+    """Bytes of fast memory, the result in the rows' dtype or in float32."""
+    itemsize = jnp.dtype(dtype).itemsize
+    return 2 * itemsize * (tiles.rows * (tiles.left + tiles.right) + tiles.left * tiles.right) + 4 * (
+        tiles.left * tiles.right
+    )
+
+
+def _outer_chunk(left: int) -> int:
+    """All of it, or the most of 512 to 1,024 columns that divide it."""
+    if left <= LARGEST_CHUNK:
+        return left
+    chunk = next((part for part in _parts(left) if part <= LARGEST_CHUNK), left)
+    return chunk if 2 * chunk >= LARGEST_CHUNK else left
 
 
 def tile_rows(rows: int, groups: int) -> int:

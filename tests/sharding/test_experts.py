@@ -141,7 +141,7 @@ needs = {"v": needs_tpu, "h": needs_cuda}
 
 
 @needs["v"]
-@pytest.mark.parametrize("mesh", ["fsdp=4", "fsdp=2,tensor=2"])
+@pytest.mark.parametrize("mesh", [pytest.param("fsdp=4", marks=pytest.mark.slow), "fsdp=2,tensor=2"])
 def test_a_small_llama_takes_no_more_than_by_hand(mesh):
     sizes = {"n_layers": 2, "d_model": 512, "n_heads": 4, "n_kv_heads": 2, "head_dim": 128, "d_ff": 1408}
     compare("llama3-8b", "v5e:2x2", mesh, 512, vocab_size=4096, **sizes)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from flax import nnx
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from meshloom.core.errors import ConfigError, ShardingError
 from meshloom.core.hardware import chip_named
@@ -93,6 +92,8 @@ def solve(rates: np.ndarray, wanted: np.ndarray, hourly: np.ndarray, names: Sequ
 
     Variables: a count per offer, integer, and the share of each kind on each offer.
     """
+    from scipy.optimize import Bounds, LinearConstraint, milp  # a second to import, for this one function
+
     kinds, offers = rates.shape
     shares = kinds * offers
     # Each kind is served in full ...

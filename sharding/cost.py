@@ -120,14 +120,19 @@ class Split:
 
     ways: Mapping[Dim, Mapping[str, int]]
     rows: Collection[str]
+    # A search asks for the same classes for each micro-batch: found anew they take half of the time of 405B's plan.
+    _over: dict[Leaves, dict[str, int]] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    _shares: dict[tuple[Leaves, Leaves], float] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
-    def over(self, dims: Leaves) -> dict[str, int]:
+    def over(self, dims: Leaves) -> Mapping[str, int]:
         """Axis -> ways in which these classes are split together."""
-        found: dict[str, int] = {}
-        for leaf in dims:
-            for axis, ways in self.ways.get(leaf, {}).items():
-                found[axis] = found.get(axis, 1) * ways
-        return found
+        if dims not in self._over:
+            found: dict[str, int] = {}
+            for leaf in dims:
+                for axis, ways in self.ways.get(leaf, {}).items():
+                    found[axis] = found.get(axis, 1) * ways
+            self._over[dims] = found
+        return self._over[dims]
 
     def of_weights(self, amount: float, dims: Leaves) -> float:
         """What one device has of `amount`, which does not grow with the rows."""
@@ -136,8 +141,11 @@ class Split:
     def share(self, amount: float, dims: Leaves, over: Leaves = frozenset()) -> float:
         """What one device has of `amount` of its own rows. Where an axis splits rows and `dims` it does a part in n for
         the rows of n devices, which is as much; what is kept for all rows of the classes `over` is n times as much."""
-        parts = math.prod(ways for axis, ways in self.over(dims).items() if axis not in self.rows)
-        return amount / parts * math.prod(ways for axis, ways in self.over(over).items() if axis in self.rows)
+        if (dims, over) not in self._shares:
+            parts = math.prod(ways for axis, ways in self.over(dims).items() if axis not in self.rows)
+            times = math.prod(ways for axis, ways in self.over(over).items() if axis in self.rows)
+            self._shares[dims, over] = times / parts
+        return amount * self._shares[dims, over]
 
 
 def split_of(work: Work, rows: Sequence[Row], mesh: Mapping[str, int], batch: Collection[str] = BATCH_AXES) -> Split:
@@ -259,47 +267,70 @@ class Pricer:
             self._spans[places] = list(itertools.chain.from_iterable(spans))
         return self._spans[places]
 
-    def weights_and_gradients(
-        self, rows: Sequence[Row], parts: int, reductions: int, tables: Collection[int] = (), tokens: float | int = 0
-    ) -> list[CollectiveCost]:
-        """Gathers of stored weights and reductions of gradients in each of `parts`, those over `data` in `reductions`.
+    def weights_and_gradients(self, rows: Sequence[Row], tables: Collection[int] = ()) -> list[CollectiveCost]:
+        """Gathers of stored weights and reductions of gradients, in one part.
 
         Args:
-            tables: indices of the rows that are only looked up; of those stored by columns the results are sent.
-            tokens: that one device looks up in a part.
+            tables: indices of the rows that are only looked up, for which `lookups` takes the place of gathers.
         """
         item = np.dtype(self.dtype).itemsize
         found = []
         for index, row in enumerate(rows):
             layers, stored = stacked(row), row.stored
             shard = elements(row) * item / layers
-            if index in tables and row.choices[-1].rule == "store":
-                looked_up = float(tokens * row.choices[-1].size * item)
-                found.append(self.collective("all_to_all", stored, "weights", looked_up, 2 * parts))
-            elif stored:
+            if stored and not _by_columns(index, row, tables):
                 uses = 2 if layers > 1 or in_blocks(row) else 1
                 whole = layer_elements(row, self.mesh) * item
-                found.append(self.collective("all_gather", stored, "weights", whole, uses * layers * parts))
-                found.append(self.collective("reduce_scatter", stored, "gradients", shard, layers * parts))
-            whole_over = (axis for axis in STORE_AXES if axis not in (*stored, *row.paired))
-            for axis, times in (*((axis, parts) for axis in whole_over), ("data", reductions)):
+                found.append(self.collective("all_gather", stored, "weights", whole, uses * layers))
+                found.append(self.collective("reduce_scatter", stored, "gradients", shard, layers))
+            for axis in (*(axis for axis in STORE_AXES if axis not in (*stored, *row.paired)), "data"):
                 if self.mesh.get(axis, 1) > 1:
-                    found.append(self.collective("all_reduce", axis, "gradients", shard, layers * times))
+                    found.append(self.collective("all_reduce", axis, "gradients", shard, layers))
         return found
+
+    def lookups(
+        self, rows: Sequence[Row], tables: Collection[int], tokens: float | int, parts: int
+    ) -> list[CollectiveCost]:
+        """What is sent of tables that are stored by columns, for `tokens` that one device looks up in each of `parts`:
+        results one way, their gradients the other."""
+        item = np.dtype(self.dtype).itemsize
+        return [
+            self.collective("all_to_all", row.stored, "weights", float(tokens * row.choices[-1].size * item), 2 * parts)
+            for index, row in enumerate(rows)
+            if _by_columns(index, row, tables)
+        ]
 
     def breakdown(
         self, groups: tuple[GroupCost, ...], parts: Sequence[CollectiveCost], optimizer_bytes: float
     ) -> Breakdown:
         """Adds up; what overlaps is at most as long as what it hides behind."""
-        merged: dict[tuple, CollectiveCost] = {}
-        for each in parts:
-            key = (each.kind, each.axis, each.purpose)
-            known = merged.get(key)
-            merged[key] = each if known is None else _together(known, each)
-        hidden = sum((OVERLAP[each.purpose] * each.seconds for each in merged.values()), 0.0)
+        collectives = merged(parts)
+        hidden = sum((OVERLAP[each.purpose] * each.seconds for each in collectives), 0.0)
         compute = sum((group.seconds for group in groups), 0.0)
-        exposed = sum((each.seconds for each in merged.values()), 0.0) - min(hidden, compute)
-        return Breakdown(groups, optimizer_bytes / self.chip.hbm_bandwidth, tuple(merged.values()), exposed)
+        exposed = sum((each.seconds for each in collectives), 0.0) - min(hidden, compute)
+        return Breakdown(groups, optimizer_bytes / self.chip.hbm_bandwidth, collectives, exposed)
+
+
+def merged(costs: Sequence[CollectiveCost]) -> tuple[CollectiveCost, ...]:
+    """Those of one kind, axis and purpose as one."""
+    alike: dict[tuple, list[CollectiveCost]] = {}
+    for each in costs:
+        alike.setdefault((each.kind, each.axis, each.purpose), []).append(each)
+    return tuple(each[0] if len(each) == 1 else _together(each) for each in alike.values())
+
+
+def repeated(costs: Sequence[CollectiveCost], parts: int, reductions: int) -> list[CollectiveCost]:
+    """Costs of one part in all `parts`; gradients that cross `data` alone do so in `reductions` of them."""
+    found = []
+    for each in costs:
+        times = reductions if (each.axis, each.purpose) == ("data", "gradients") else parts
+        amounts = each.count * times, each.bytes * times, each.seconds * times
+        found.append(CollectiveCost(each.kind, each.axis, each.purpose, *amounts, each.level))
+    return found
+
+
+def _by_columns(index: int, row: Row, tables: Collection[int]) -> bool:
+    return index in tables and row.choices[-1].rule == "store"
 
 
 def _purpose(each: Collective) -> Purpose:
@@ -312,8 +343,10 @@ def _purpose(each: Collective) -> Purpose:
     return "weights" if each.kind in ("all_gather", "all_to_all") else "gradients"
 
 
-def _together(a: CollectiveCost, b: CollectiveCost) -> CollectiveCost:
-    return dataclasses.replace(a, count=a.count + b.count, bytes=a.bytes + b.bytes, seconds=a.seconds + b.seconds)
+def _together(costs: Sequence[CollectiveCost]) -> CollectiveCost:
+    first, *_ = costs
+    sums = sum(each.count for each in costs), sum(each.bytes for each in costs), sum(each.seconds for each in costs)
+    return CollectiveCost(first.kind, first.axis, first.purpose, *sums, first.level)
 
 
 def stacked(row: Row) -> int:

@@ -8,7 +8,7 @@ prints it.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from meshloom.core.program_report import ProgramReport
 from meshloom.core.topology import AXES, BATCH_AXES, Devices, abstract_mesh
 from meshloom.sharding.cost import (
     Breakdown,
+    CollectiveCost,
     Memory,
     Pricer,
     Split,
@@ -29,6 +30,8 @@ from meshloom.sharding.cost import (
     gathered_elements,
     in_blocks,
     layer_elements,
+    merged,
+    repeated,
     split_of,
 )
 from meshloom.sharding.layout import Row
@@ -255,6 +258,7 @@ def price_mesh(
     if any(mesh.get(axis, 1) > 1 and axis not in paired for axis in ("tensor", "expert")):
         return
     pricer = Pricer(chip, devices, mesh, workload.dtype)
+    held = _Held.of(pricer, rules, traced.tables)
     none_split = split_of(traced.steps["none"], rules, mesh)
     forward_split = split_of(traced.forward, rules, mesh)
     useful = 3 * traced.forward.total_flops / traced.forward.rows * workload.rows
@@ -264,9 +268,9 @@ def price_mesh(
         splits = split_of(work, rules, mesh), none_split, forward_split
         for microbatch in _divisors(workload.rows // ways):
             parts = workload.rows // ways // microbatch
-            memory = _memory(traced, work, rules, splits, mesh, workload, microbatch, parts)
+            memory = _memory(traced, work, held, splits, mesh, workload, microbatch, parts)
             passes = 1 if remat == "none" else 2
-            breakdown = _step(pricer, traced, work, rules, splits, workload, microbatch, parts, passes)
+            breakdown = _step(pricer, traced, work, held, splits, workload, microbatch, parts, passes)
             yield Candidate(
                 mesh,
                 remat,
@@ -281,11 +285,38 @@ def price_mesh(
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    """What a mesh makes of the weights, whatever the micro-batch.
+
+    Attributes:
+        elements: on one device. gathered: that stand gathered at once. whole: of the largest layer of one, gathered.
+        moved: in one part, without lookups.
+    """
+
+    rules: Sequence[Row]
+    elements: float
+    gathered: float
+    whole: float
+    moved: tuple[CollectiveCost, ...]
+
+    @classmethod
+    def of(cls, pricer: Pricer, rules: Sequence[Row], tables: Collection[int]) -> "_Held":
+        whole = (layer_elements(row, pricer.mesh) for row in rules if not in_blocks(row))
+        return cls(
+            rules,
+            sum(elements(row) for row in rules),
+            sum(gathered_elements(row, pricer.mesh) for row in rules),
+            max(whole, default=0.0),
+            merged(pricer.weights_and_gradients(rules, tables)),
+        )
+
+
 def _step(
     pricer: Pricer,
     traced: Traced,
     work: Work,
-    rules: Sequence[Row],
+    held: _Held,
     splits: tuple[Split, Split, Split],
     workload: TrainWorkload,
     microbatch: int,
@@ -297,17 +328,18 @@ def _step(
     moved = pricer.partial_sums(work, split, rows, parts)
     moved += pricer.rings(traced.forward, forward_split, microbatch, parts, passes)
     reductions, tokens = parts if workload.reduce_every_part else 1, rows * workload.sequence_length
-    moved += pricer.weights_and_gradients(rules, parts, reductions, traced.tables, tokens)
+    moved += repeated(held.moved, parts, reductions)
+    moved += pricer.lookups(held.rules, traced.tables, tokens, parts)
     # The update reads parameters, gradients and state, and writes parameters and state.
     each = 2 * workload.parameter_bytes + 2 * workload.optimizer_bytes_per_parameter + workload.gradient_bytes
-    update = each * sum(elements(row) for row in rules)
+    update = each * held.elements
     return pricer.breakdown(pricer.groups(work, split, rows, parts), moved, update)
 
 
 def _memory(
     traced: Traced,
     work: Work,
-    rules: Sequence[Row],
+    held: _Held,
     splits: tuple[Split, Split, Split],
     mesh: Mapping[str, int],
     workload: TrainWorkload,
@@ -315,7 +347,6 @@ def _memory(
     parts: int,
 ) -> Memory:
     split, none_split, forward_split = splits
-    held = sum(elements(row) for row in rules)
     item = np.dtype(workload.dtype).itemsize
     rows = microbatch / mesh.get("context", 1)
     scale = rows / work.rows
@@ -326,12 +357,10 @@ def _memory(
         for each in traced.steps["none"].saved
         if each.layers > 1
     )
-    gathered = sum(gathered_elements(row, mesh) for row in rules)
     # Gradients in the computation's dtype stand beside those of earlier parts that they are added to. Those of one part
     # are converted as the optimizer reads them.
     gradient = item + (workload.gradient_bytes if parts > 1 else 0)
     copy = item if item < workload.parameter_bytes else 0
-    whole = (layer_elements(row, mesh) for row in rules if not in_blocks(row))
     # Logits and their gradient.
     loss = 2 * sum(forward_split.share(each.bytes, each.dims) for each in traced.forward.output)
     loss *= rows / traced.forward.rows
@@ -339,12 +368,12 @@ def _memory(
     # The loss is done when the last layer's backward pass begins.
     layer *= LAYER_SHARE * scale
     return Memory(
-        weights=held * (workload.parameter_bytes + copy),
-        gradients=held * gradient + max(whole, default=0.0) * item,
-        optimizer=held * workload.optimizer_bytes_per_parameter,
+        weights=held.elements * (workload.parameter_bytes + copy),
+        gradients=held.elements * gradient + held.whole * item,
+        optimizer=held.elements * workload.optimizer_bytes_per_parameter,
         activations=saved * scale + layer,
         logits=max(loss - layer, 0.0),
-        gathered=gathered * item,
+        gathered=held.gathered * item,
     )
 
 

@@ -80,7 +80,7 @@ def test_fsdp_gathers_each_weight_and_scatters_each_gradient():
     mesh = {"data": 2, "fsdp": 4, "expert": 1, "tensor": 1}
     rules, _ = decide(program, roles, mesh)
     pricer = Pricer(chip_named("h100"), parse_devices("h100:8"), mesh, "float32")
-    found = pricer.weights_and_gradients(rules, 1, 1)
+    found = pricer.weights_and_gradients(rules)
     moved = pricer.breakdown((), found, 0.0).bytes_by_kind
     weights = 2 * WIDTH * INNER * 4
     assert moved == {"all_gather": weights, "reduce_scatter": weights / 4, "all_reduce": weights / 4}
@@ -122,7 +122,7 @@ def test_gradients_of_experts_are_complete_over_expert():
     mesh = {"data": 2, "expert": 4}
     rules, _ = decide(program, roles, mesh)
     pricer = Pricer(chip_named("h100"), parse_devices("h100:8"), mesh, "float32")
-    summed = [each for each in pricer.weights_and_gradients(rules, 1, 1) if each.purpose == "gradients"]
+    summed = [each for each in pricer.weights_and_gradients(rules) if each.purpose == "gradients"]
     experts, router = 3 * 8 * WIDTH * INNER * 4 / 4, 8 * WIDTH * 4 / 4
     assert sum(each.bytes for each in summed if each.axis == "data") == experts + router
     assert [(each.kind, each.bytes) for each in summed if each.axis == "expert"] == [("reduce_scatter", router)]
@@ -133,7 +133,7 @@ def test_hidden_time_is_never_more_than_compute():
     mesh = {"data": 1, "fsdp": 8, "expert": 1, "tensor": 1}
     rules, _ = decide(program, roles, mesh)
     pricer = Pricer(chip_named("h100"), parse_devices("h100:8"), mesh, "float32")
-    found = pricer.weights_and_gradients(rules, 1, 1)
+    found = pricer.weights_and_gradients(rules)
     total = sum(each.seconds for each in found)
     assert pricer.breakdown((), found, 0.0).exposed_s == total
     assert all(0 <= fraction < 1 for fraction in OVERLAP.values())

@@ -6,6 +6,7 @@ says that it fits.
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -46,12 +47,14 @@ class Diagnosis:
         buffers: the largest temporaries at the peak, empty where no compiler gave the program.
         compiled_for: the chip of that program, and how many of the rows, where it had to be fewer.
         remedies: by predicted step time, fastest first; empty where nothing was found to fit.
+        least_devices: of this kind, that could hold weights, gradients and optimizer state as the rules split them.
     """
 
     candidate: Candidate
     buffers: tuple[Buffer, ...]
     compiled_for: str | None
     remedies: tuple[Remedy, ...]
+    least_devices: int
 
     def to_json(self) -> dict[str, Any]:
         """The entry `doctor` of `meshloom plan --json`."""
@@ -60,6 +63,7 @@ class Diagnosis:
             "compiled_for": self.compiled_for,
             "largest_buffers": [dataclasses.asdict(each) for each in self.buffers],
             "remedies": [{"change": each.change} | each.candidate.to_json() for each in self.remedies],
+            "least_devices": self.least_devices,
         }
 
     def tables(self) -> Iterator[Table]:
@@ -75,9 +79,12 @@ class Diagnosis:
                 line = "/".join(pathlib.PurePath(each.source).parts[-3:])
                 table.add_row(bytes_text(each.bytes), each.shape, each.operation, line)
             yield table
-        table = Table(
-            title="changes that make it fit, each compiled" if self.remedies else "no change was found to fit"
-        )
+        if not self.remedies:
+            table = Table("no change on these devices was found to fit")
+            table.add_row(self._advice())
+            yield table
+            return
+        table = Table(title="changes that make it fit, each compiled")
         for heading in ("change", "step", "against now", "compiled memory"):
             table.add_column(heading, justify="left" if heading == "change" else "right")
         for remedy in self.remedies:
@@ -87,6 +94,15 @@ class Diagnosis:
             memory = f"{bytes_text(after.compiled.peak_bytes)} of {bytes_text(after.hbm_bytes)}"
             table.add_row(remedy.change, f"{after.step_time_s:.3g} s", slower, memory)
         yield table
+
+    def _advice(self) -> str:
+        here = math.prod(self.candidate.mesh.values())
+        if self.least_devices > here:
+            return (
+                f"weights, gradients and optimizer state alone fill {self.least_devices} of them, and there are "
+                f"{here}; plan for more devices, or for some with more memory"
+            )
+        return "activations take the rest; plan for shorter rows, or for more devices"
 
 
 def diagnose(
@@ -112,7 +128,9 @@ def diagnose(
         tell(f"compiling {label(candidate)} to look inside")
         buffers, chip = _inside(config, where, candidate, workload)
         remedies = _remedies(config, where, candidate, others, workload, tell)
-    return Diagnosis(candidate, buffers, chip, tuple(remedies))
+    count = math.prod(candidate.mesh.values())
+    state = min(each.memory.weights + each.memory.gradients + each.memory.optimizer for each in others)
+    return Diagnosis(candidate, buffers, chip, tuple(remedies), math.ceil(state * count / candidate.hbm_bytes))
 
 
 def _inside(

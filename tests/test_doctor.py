@@ -82,6 +82,16 @@ def test_the_diagnosis_is_a_table_and_json(diagnosis):
     assert diagnosis.to_json()["remedies"][0]["fits"]
 
 
+@pytest.mark.parametrize(
+    ("least", "advice"), [(9, "alone fill 9 of them, and there are 8; plan for more"), (8, "plan for shorter rows")]
+)
+def test_where_no_change_fits_it_says_how_many_devices_would(diagnosis, least, advice):
+    assert diagnosis.least_devices <= 8
+    console = Console(file=io.StringIO(), width=150)
+    console.print(*dataclasses.replace(diagnosis, buffers=(), remedies=(), least_devices=least).tables())
+    assert advice in console.file.getvalue()
+
+
 def test_compiling_goes_on_until_enough_plans_fit():
     candidates = priced(2**34)[:3]
     found = compile_best(CONFIG, WHERE, candidates, WORKLOAD, 1, Console(file=io.StringIO()))

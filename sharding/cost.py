@@ -251,6 +251,8 @@ class Pricer:
             if spans and each.count:
                 kind = cast(Kind, each.kind)
                 time = each.count * collectives.seconds(kind, each.bytes / each.count, spans)
+                if kind == "collective_permute" and _purpose(each) == "partial sums":
+                    time /= 2  # rows of experts go around both ways at once
                 told = kind, "+".join(each.axes), _purpose(each), each.count, each.bytes, time, spans[-1].level
                 costs.append(CollectiveCost(*told))
         return costs

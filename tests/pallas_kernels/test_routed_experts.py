@@ -1,15 +1,24 @@
 """A mixture of experts is the same on one device and over every mesh, and no weight leaves the device of its expert."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from meshloom.core.ahead import target_devices
+from meshloom.core.hlo import parse
 from meshloom.core.program_report import report
-from meshloom.core.topology import make_mesh
+from meshloom.core.topology import make_mesh, parse_devices
 from meshloom.pallas_kernels import QArray, quantize, routed_experts, top_experts
+from meshloom.pallas_kernels.dispatch import Implementation, Target, explain
+from meshloom.pallas_kernels.matmul.experts import spread
+from meshloom.pallas_kernels.matmul.experts.rows import EXCHANGES, RowsSpec, ring_gathered, ring_scattered
+from tests.compilers import needs_tpu, permutes
 
 E, D, F, K = 8, 16, 24, 2
 ROWS = (4, 6)
@@ -68,17 +77,23 @@ def difference(one, two):
     )
 
 
+@functools.cache
+def expected():
+    """Values and gradients of `dense` for `arrays()` and `chosen()`."""
+    operands, numbers = arrays(), chosen()
+    return with_gradients(lambda *operands: dense(numbers, *operands), operands)(*operands)
+
+
 @pytest.mark.parametrize("axes", [None, *MESHES], ids=str)
 def test_values_and_gradients_are_those_of_all_experts_for_every_row(axes):
     operands, numbers = arrays(), chosen()
-    expected = with_gradients(lambda *operands: dense(numbers, *operands), operands)(*operands)
     run = with_gradients(lambda *operands: ours(numbers, *operands), operands)
     if axes is None:
         got = run(*operands)
     else:
         with jax.set_mesh(of_mesh(axes)):
             got = run(*operands)
-    assert difference(got, expected) < 1e-6  # 3e-7
+    assert difference(got, expected()) < 1e-6  # 3e-7
 
 
 @pytest.mark.parametrize("axes", [{"expert": 4, "tensor": 2}, {"fsdp": 2, "expert": 4}], ids=str)
@@ -149,3 +164,82 @@ def test_the_largest_scores_are_found_where_their_rows_are():
         gradient, numbers = jax.jit(jax.grad(loss, has_aux=True))(placed)
     assert (numbers == jax.lax.top_k(scores, K)[1]).all()
     np.testing.assert_allclose(gradient, jax.grad(loss, has_aux=True)(scores)[0])
+
+
+# -- rows that go around --
+
+
+@pytest.mark.parametrize("devices", [2, 3, 8])
+def test_a_ring_brings_what_a_gather_and_a_scatter_bring(devices):
+    mesh = make_mesh({"expert": devices}, jax.devices()[:devices])
+    x = jnp.asarray(np.random.default_rng(4).integers(-9, 9, (devices * 2, 3)), jnp.float32)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
+    def both(x):
+        own = x * (1 + jax.lax.axis_index("expert"))
+        every, gathered = ring_gathered(own, "expert"), jax.lax.all_gather(own, "expert", axis=0, tiled=True)
+        summed = jax.lax.psum_scatter(every * own[:1], "expert", scatter_dimension=0, tiled=True)
+        return jnp.stack([jnp.sum(every == gathered), jnp.sum(ring_scattered(every * own[:1], "expert") == summed)])
+
+    counts = jax.jit(both)(x).reshape(devices, 2)
+    assert (counts == jnp.array([devices * 2 * 3, 2 * 3])).all()
+
+
+def test_a_tpu_passes_rows_around_and_others_gather_them():
+    def reasons(target: Target, devices: int = 4) -> list[str | None]:
+        return [row.reason for row in explain(EXCHANGES, RowsSpec(devices), target)]
+
+    assert reasons(Target("tpu", "TPU v5 lite")) == [None, None]
+    assert reasons(Target("tpu", "TPU v5p"), 32)[0] == "it is written out for up to 16 devices, not 32"
+    assert reasons(Target("cpu", "cpu")) == ["it is for TPUs, not for cpu", None]
+
+
+def test_experts_whose_rows_go_around_are_those_of_one_device(monkeypatch):
+    (ring, _) = EXCHANGES
+    monkeypatch.setattr(spread, "EXCHANGES", (Implementation("ring", ring.run, lambda spec, target: None),))
+    operands, numbers = arrays(), chosen()
+    with jax.set_mesh(of_mesh({"expert": 4})):
+        program = with_gradients(lambda *operands: ours(numbers, *operands), operands).lower(*operands).compile()
+    assert "collective-permute" in program.as_text()
+    assert difference(program(*operands), expected()) < 1e-6
+
+
+@functools.cache
+def hops_on(text: str) -> list[tuple[bool, int]]:
+    """Of every hop of whole rows in a layer that is computed again: whether it is of the backward pass, and how many
+    kernels run beside it. Nothing else moves but a few numbers of each row, by hops as well."""
+    mesh, size = make_mesh({"expert": 4}, target_devices(parse_devices(text))), 256
+
+    def array(dtype, *shape: int):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P("expert")))
+
+    rows = [array(jnp.bfloat16, 4, 512, size), array(jnp.bfloat16, 4, 512, 1)]
+    matrices = [array(jnp.bfloat16, 4, size, size)] * 3
+
+    def gradients(numbers, *operands):
+        out, pull = jax.vjp(jax.checkpoint(functools.partial(ours, numbers)), *operands)
+        return out, *pull(out)
+
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(gradients).lower(array(jnp.int32, 4, 512, 1), *rows, *matrices)
+        module = parse(lowered.compile().as_text())
+    opcodes = {each.opcode for computation in module.computations.values() for each in computation.instructions}
+    assert not opcodes & {"all-gather", "all-gather-start", "reduce-scatter", "all-reduce", "all-to-all"}
+    whole = [pair for pair in permutes(module) if pair[0].shapes[0].text == f"bf16[1,512,{size}]"]
+    return [("backward" in each.operation, beside) for each, beside in whole]
+
+
+@needs_tpu
+@pytest.mark.parametrize(
+    "text", ["v5e:2x2", *(pytest.param(each, marks=pytest.mark.slow) for each in ("v5p:2x2x1", "v6e:2x2"))]
+)
+def test_a_tpu_makes_gradients_of_weights_while_those_of_rows_travel(text):
+    hops = hops_on(text)
+    # Rows, twice, since they are gathered again; gradients of the result; sums of both passes.
+    assert len(hops) == 3 * (2 + 1 + 2)
+    assert all(backward and beside for backward, beside in hops[-3:])
+
+
+@needs_tpu
+def test_and_gate_and_up_again_while_gradients_of_the_result_travel():
+    assert any(backward and beside for backward, beside in hops_on("v5e:2x2")[:-3])

@@ -165,6 +165,15 @@ def test_a_compiled_program_is_priced_by_the_collectives_that_it_has():
     assert sums.seconds == 2 * seconds("all_reduce", 1e6, spans)
 
 
+def test_rows_of_experts_that_are_passed_around_take_the_time_of_a_gather():
+    """Three hops of what a device has, two of which go at once."""
+    pricer = Pricer(chip_named("v5p"), parse_devices("v5p:2x2x1"), {"expert": 4}, "bfloat16")
+    (ring,) = pricer.of_program([Collective("collective_permute", ("expert",), 3.0, 3e9, 3e9)])
+    gather = pricer.collective("all_gather", "expert", "partial sums", 4e9, 1)
+    assert ring.purpose == gather.purpose
+    assert ring.seconds == pytest.approx(gather.seconds, rel=1e-3)
+
+
 def test_axes_side_by_side_have_the_links_of_both():
     """Of v5p:4x4x4 `fsdp` runs along two dimensions and `context` along one; `data` and `context` are two rings."""
     devices = parse_devices("v5p:4x4x4")

@@ -30,8 +30,9 @@ import jax
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from meshloom.core.topology import BATCH_AXES, STORE_AXES
-from meshloom.pallas_kernels.dispatch import may_be_spread
+from meshloom.pallas_kernels.dispatch import Target, may_be_spread, select
 from meshloom.pallas_kernels.matmul.experts.local import flat
+from meshloom.pallas_kernels.matmul.experts.rows import EXCHANGES, RowsSpec
 from meshloom.pallas_kernels.matmul.qarray import QArray
 
 _TOKENS, _EXPERT, _INNER = "context", "expert", "tensor"
@@ -173,15 +174,25 @@ class Spread:
         """Whether devices with different experts have different rows."""
         return self.expert in self.batch
 
+    @property
+    def _exchange(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """How rows are gathered over `expert`, and their sums scattered."""
+        spec = RowsSpec(self.mesh.shape[self.expert])
+        return select("rows of experts", EXCHANGES, spec, Target.of_mesh()).run
+
     def _gathered(self, rows: Any) -> Any:
         """The rows of all devices along `expert`."""
-        return jax.lax.all_gather(rows, self.expert, axis=0, tiled=True) if self._gathers else rows
+        if not self._gathers:
+            return rows
+        gather, _ = self._exchange
+        return tuple(gather(each, self.expert) for each in rows)
 
     def _sum(self, summands: Any) -> Any:
         """Over experts and parts of F, for the rows that this device has."""
         axes = tuple(filter(None, (self.expert, self.inner)))
         if self._gathers:
-            summands = jax.lax.psum_scatter(summands, self.expert, scatter_dimension=0, tiled=True)
+            _, scatter = self._exchange
+            summands = jax.tree.map(lambda each: scatter(each, self.expert), summands)
             axes = axes[1:]
         return jax.lax.psum(summands, axes) if axes else summands
 

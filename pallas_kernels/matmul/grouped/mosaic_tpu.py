@@ -108,6 +108,7 @@ def product(
             scratch_shapes=[] if straight else [pltpu.VMEM((tiles.rows, tiles.columns), jnp.float32)],
         ),
         compiler_params=_parameters(("parallel", "arbitrary", "arbitrary")),
+        cost_estimate=_cost(spec.rows, spec.contracted, spec.columns, (x, values)),
         interpret=interpret,
         name="grouped_matmul",
     )(*_prefetched(plan), x, values, *scales)
@@ -202,6 +203,7 @@ def outer(
             scratch_shapes=[pltpu.VMEM((tiles.left, tiles.right), jnp.float32)],
         ),
         compiler_params=_parameters(("parallel", "parallel", "arbitrary")),
+        cost_estimate=_cost(rows, a.shape[1], b.shape[1], (a, b)),
         interpret=interpret,
         name="grouped_outer",
     )(*_prefetched(plan), a.astype(dtype_in), b.astype(dtype_in))
@@ -256,6 +258,12 @@ def _dot(a, b, of_a: tuple[int], of_b: tuple[int]):
 
 def _prefetched(plan: Visits) -> tuple[Any, ...]:
     return plan.first, plan.end, plan.group, plan.tile, plan.read_group, plan.read_tile
+
+
+def _cost(rows: int, k: int, n: int, read: tuple[Any, ...]) -> Any:
+    """What XLA's scheduler takes a kernel for, with rows in every group: how much may travel beside it."""
+    moved = sum(each.size * each.dtype.itemsize for each in read)
+    return pl.CostEstimate(flops=2 * rows * k * n, bytes_accessed=moved, transcendentals=0)
 
 
 def _parameters(semantics: tuple[str, ...]) -> Any:

@@ -3,6 +3,8 @@
 import ast
 import os
 
+import pytest
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 
@@ -24,3 +26,14 @@ class Outermost(_import_hook.JaxtypingTransformer):
 
 _import_hook.JaxtypingTransformer = Outermost  # the hook takes no transformer
 install_import_hook("meshloom", "beartype.beartype")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def block_sizes_are_those_of_the_package(tmp_path_factory):
+    """Whatever `meshloom tune` found on this machine, programs that tests compile are everyone's."""
+    from meshloom.pallas_kernels import tuning  # once its annotations are executed
+
+    nothing = tmp_path_factory.mktemp("nothing_tuned")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "cache_folder", lambda: nothing)
+        yield

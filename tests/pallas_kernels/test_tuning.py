@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from meshloom.core.ahead import target_devices
+from meshloom.core.compile import cache_folder
 from meshloom.core.errors import ConfigError, MeshloomError
 from meshloom.core.topology import make_mesh, parse_devices
 from meshloom.pallas_kernels import KVPages, Ragged, tuning
@@ -37,7 +38,7 @@ def allow(sizes):
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     """A user's folder and a package's, both empty, and nothing read before."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    monkeypatch.setattr(tuning, "cache_folder", lambda: tmp_path / "user")
     monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "package")
     tuning._once.cache_clear()
     yield tuning.user_file("v6e"), tuning.shipped_file("v6e")
@@ -69,6 +70,11 @@ def test_an_overlay_is_asked_before_the_user_the_user_before_the_package(files, 
             assert tuned("attention_forward", "key", allow) is None
         assert tuned("attention_backward", "key", allow) is None
     assert tuned("attention_forward", "another", allow) is None
+
+
+def test_what_a_developer_found_decides_nothing_in_tests():
+    assert not tuning.user_file("v6e").is_relative_to(cache_folder())
+    assert not tuning.user_file("v6e").parent.exists()
 
 
 def test_without_a_chip_in_scope_no_file_is_asked(files):

@@ -1,13 +1,13 @@
 """A mixture of experts over the mesh in scope: no weight moves to another expert's device, and one sum ends each pass.
 
 Batches lie over `data`, `fsdp`, `expert` and `context` and are whole over `tensor`, as in every layout that is derived.
-The devices along `expert`, which hold different experts, gather each other's rows; each computes what all of these want
-of its own experts, and a sum that is scattered over `expert` gives every device its own rows back: that and the sum
-over `tensor` are the pair rule's one reduction. The scatter comes first, so that the sum over `tensor` moves a part in
-n of the rows. Rows are sorted where they are, so that none is sent over `data`, `fsdp` or `context`. Weights that are
-stored in parts arrive gathered, and their gradients leave summed over those three and split as they are stored: all
-rows along `expert` are where an expert is. A batch that does not divide over `expert`, and rows of a step of serving,
-are whole over it: nothing is gathered then, and one sum over both axes ends the pass.
+The devices along `expert`, which hold different experts, gather each other's rows (`rows.py` has how); each computes
+what all of these want of its own experts, and a sum that is scattered over `expert` gives every device its own rows
+back: that and the sum over `tensor` are the pair rule's one reduction. The scatter comes first, so that the sum over
+`tensor` moves a part in n of the rows. Rows are sorted where they are, so that none is sent over `data`, `fsdp` or
+`context`. Weights that are stored in parts arrive gathered, and their gradients leave summed over those three and split
+as they are stored: all rows along `expert` are where an expert is. A batch that does not divide over `expert`, and rows
+of a step of serving, are whole over it: nothing is gathered then, and one sum over both axes ends the pass.
 
 Between the passes a device keeps its own rows, and what its experts' gate and up made, with room for all rows along
 `expert`, should they all want them. Rows are gathered again in the backward pass: kept, they would take n times the

@@ -16,6 +16,7 @@ from jax.sharding import AxisType
 from meshloom.models.config import DecoderConfig, MoEConfig
 from meshloom.models.decoder import Decoder
 from meshloom.sharding import derive
+from tests.compilers import quickly
 
 SIZES = {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "head_dim": 8, "d_ff": 64}
 CONFIGS = {
@@ -47,7 +48,6 @@ CONFIGS = {
 }
 BATCH, LENGTH, STEPS = 8, 16, 10
 OPTIMIZER = optax.adamw(1e-3)
-QUICK_COMPILE = {"xla_backend_optimization_level": 0}  # halves the compile time, which is nearly all of these tests
 
 
 def mesh_of(axes: dict[str, int]) -> jax.sharding.Mesh:
@@ -73,14 +73,12 @@ def losses(name: str, axes: dict[str, int] | None) -> list[float]:
     tokens = jax.random.randint(jax.random.key(1), (BATCH, LENGTH), 0, SIZES["vocab_size"])
     step = functools.partial(train_step, graphdef)
     if axes is None:
-        step = jax.jit(step, compiler_options=QUICK_COMPILE)
+        step = quickly(step)
     else:
         layout = derive(module, mesh_of(axes), tokens)
         held = (layout.shardings, layout.follow(optimizer))
         batch = layout.batch_sharding(BATCH)
-        step = jax.jit(
-            step, in_shardings=(*held, batch), out_shardings=(*held, layout.replicated), compiler_options=QUICK_COMPILE
-        )
+        step = quickly(step, in_shardings=(*held, batch), out_shardings=(*held, layout.replicated))
         parameters, optimizer, tokens = layout.place(parameters), *jax.device_put((optimizer, tokens), (held[1], batch))
     history = []
     for _ in range(STEPS):

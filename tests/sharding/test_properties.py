@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh
 from meshloom.core.topology import AXES, make_mesh
 from meshloom.sharding import Layout, derive
 from meshloom.sharding.constrain import constrained, plain
+from tests.compilers import quickly
 from tests.sharding.modules import attend, norm
 
 BATCH, TOKENS = 8, 8
@@ -214,12 +215,11 @@ def test_loss_and_gradients_are_those_of_one_device(make, axes):
     def loss_of(forward):
         return lambda parameters, tokens: -jnp.mean(jax.nn.log_softmax(forward(parameters, tokens))[..., 0])
 
-    wanted, wanted_gradient = jax.jit(jax.value_and_grad(loss_of(plain(module))))(parameters, tokens)
-    spread = jax.jit(
+    wanted, wanted_gradient = quickly(jax.value_and_grad(loss_of(plain(module))))(parameters, tokens)
+    spread = quickly(
         jax.value_and_grad(loss_of(constrained(module, layout))),
         in_shardings=(layout.shardings, layout.batch_sharding(BATCH, TOKENS)),
         out_shardings=(layout.replicated, layout.shardings),
-        compiler_options={"xla_backend_optimization_level": 0},  # compiles in half the time
     )
     loss, gradient = spread(parameters, tokens)
     np.testing.assert_allclose(loss, wanted, rtol=1e-5)

@@ -25,11 +25,12 @@ from meshloom.train.step import (
     abstract_batch,
     abstract_weights,
     arranged,
-    compile_step,
     fresh_weights,
+    lower_step,
     make_step,
     place_batch,
 )
+from tests.compilers import QUICK
 
 MODEL = DecoderConfig(
     vocab_size=96, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=64, scan_layers=True
@@ -60,7 +61,7 @@ def run(axes: dict[str, int], *, accumulation: int = 1, dtype=jnp.float32, steps
     weights = fresh_weights(module, optimizer, layout, seed=0)
     batch = abstract_batch(layout, accumulation=accumulation, rows=ROWS, length=LENGTH)
     step = make_step(module, optimizer, schedule, dtype=dtype, layout=layout, loss=loss)
-    compiled = compile_step(step, abstract_weights(module, optimizer, layout), batch, layout)
+    compiled = lower_step(step, abstract_weights(module, optimizer, layout), batch, layout).compile(QUICK)
     metrics = []
     for number in range(steps):
         placed = place_batch(packed_batch(number), layout, accumulation=accumulation)

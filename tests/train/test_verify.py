@@ -27,6 +27,7 @@ from meshloom.train.verify import Reference, compare, verify
 from meshloom.train.verify_program import Subject
 from meshloom.train.verify_report import Difference, MeshReport, Parting, VerifyReport
 from meshloom.verification import changes, proposed_meshes, shrunk, verify_model
+from tests.compilers import QUICK
 
 SIZES = {"vocab_size": 96, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "d_ff": 64}
 DENSE = DecoderConfig(**SIZES, scan_layers=True, init_scale=0.2)
@@ -40,8 +41,7 @@ def of_axes(axes: dict[str, int]) -> jax.sharding.Mesh:
 def quick_compile():
     """Half the compile time, which is nearly all of these tests; the partitioner, which they are about, stays."""
     with pytest.MonkeyPatch.context() as patch:
-        options = {"xla_backend_optimization_level": 0}
-        patch.setattr(verify_program, "compile_step", lambda *step: lower_step(*step).compile(options))
+        patch.setattr(verify_program, "compile_step", lambda *step: lower_step(*step).compile(QUICK))
         yield
 
 

@@ -12,7 +12,7 @@ from meshloom.core.ahead import target_devices
 from meshloom.core.errors import MeshloomError
 from meshloom.core.topology import make_mesh, parse_devices
 from meshloom.pallas_kernels import expert_parallel, grouped_matmul
-from meshloom.pallas_kernels.dispatch import Implementation
+from meshloom.pallas_kernels.dispatch import Implementation, recorded
 from meshloom.pallas_kernels.matmul.experts import exchange as module
 from tests.compilers import needs_tpu
 
@@ -110,6 +110,14 @@ def test_tpus_exchange_no_more_rows_than_there_are():
         text = lowered.compile().as_text()
     assert "ragged-all-to-all" in text
     assert text.count("tpu_custom_call") == 2 + 4
+
+
+def test_how_rows_are_exchanged_is_told_with_the_kernels():
+    mesh = make_mesh({"expert": 4}, jax.devices()[:4])
+    with recorded() as found:
+        jax.eval_shape(functools.partial(spread, mesh=mesh), *arrays(40, "any"))
+    (told,) = [each for each in found if each.op == "expert_parallel"]
+    assert (told.chosen, told.call) == ("padded", "devices=4")
 
 
 def test_experts_that_do_not_divide_are_named():

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from meshloom.core.errors import MeshloomError
 from meshloom.pallas_kernels.dispatch import Implementation, Target, select
+from meshloom.pallas_kernels.matmul.experts.rows import RowsSpec
 
 __all__ = ["expert_parallel"]
 
@@ -73,7 +74,7 @@ def _padded_back(y, exchange: Exchange):
     return parts.at[device, row - exchange.first.at[device].get(mode="clip")].get(mode="fill", fill_value=0)
 
 
-def _ragged_why_not(spec: None, target: Target) -> str | None:
+def _ragged_why_not(spec: RowsSpec, target: Target) -> str | None:
     return None if target.platform in ("tpu", "gpu", "cuda") else "XLA has ragged exchanges for TPUs and GPUs only"
 
 
@@ -112,7 +113,9 @@ def expert_parallel(
     if experts % devices:
         raise MeshloomError(f"expert_parallel: {experts} experts do not divide over {axis}={devices}")
     own = experts // devices
-    send, give_back = select("expert_parallel", EXPERT_PARALLEL, None, Target.of_mesh(), implementation).run
+    send, give_back = select(
+        "expert_parallel", EXPERT_PARALLEL, RowsSpec(devices), Target.of_mesh(), implementation
+    ).run
 
     keys = jnp.where((expert >= 0) & (expert < experts), expert, experts).astype(jnp.int32)
     order = jnp.argsort(keys, stable=True)

@@ -8,7 +8,7 @@ Decode multiplies all query heads with all rows of a block, heads interleaved as
 another kv head. That wastes K - 1 of K scores and nothing that counts: a key row enters the MXU once either way, and no
 head has to be picked out of packed rows. With 32 query heads, 8 kv heads of 128 and bfloat16, a step over 256 tokens is
 about 650 bundles on v5e, whose memory takes 1,900 cycles for the bytes, and 990 for those of an int8 cache (v6e: 580).
-Its keys are multiplied as they are stored, by queries in steps of 15 bits.
+Its keys are multiplied as they are stored, by queries in steps of 15 bits; so are both keys and values in float8.
 
 Prefill takes a tile of rows, head by head: the rows of all query heads of a kv head are one operand. Queries and the
 keys of a block are written as 32-bit words once, of which loads with a stride give the rows of one head

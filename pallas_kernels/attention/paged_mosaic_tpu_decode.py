@@ -35,7 +35,7 @@ def decode(walk: Walk, i: Any, slot: Any) -> Any:
         top, norm, acc = carry
         rows = pl.ds(pl.multiple_of(s * step_rows, step_rows), step_rows)
         k, *v = (elements(x[slot, rows], sizes) for x in fast.rows)
-        raw = _products_of_steps(q, k) if in_int8 else products(q, k.astype(dtype))
+        raw = _products_of_steps(q, k) if in_int8 else products(q, _factor(k, dtype))
         if sizes.scaled:
             raw = raw * fast.scales[0][slot, :, rows]
         distance = item[POSITION, i] - j * block - s * at_once - read.token_of[...]
@@ -48,7 +48,7 @@ def decode(walk: Walk, i: Any, slot: Any) -> Any:
         norm = norm * keep + lane_sums(p)
         if sizes.scaled:
             p = p * fast.scales[1][slot, :, rows]
-        values = (v[0] if v else k).astype(dtype)
+        values = _factor(v[0] if v else k, dtype)
         acc = acc * keep + jnp.dot(p.astype(dtype), values, preferred_element_type=jnp.float32)
         return new_top, norm, acc
 
@@ -64,6 +64,14 @@ def decode(walk: Walk, i: Any, slot: Any) -> Any:
     fast.out[0] = (acc / jnp.sum(norm, axis=1, keepdims=True)).astype(dtype)
     walk.send(i)
     return slot
+
+
+def _factor(x: Any, dtype: Any) -> Any:
+    """Keys or values as the matrix unit takes them beside bfloat16 queries or weights: float8 as it is stored.
+
+    Its products are exact in float32. Of NaN it makes a number, but no NaN is stored whose scale is not NaN too.
+    """
+    return x if x.dtype == jnp.float8_e4m3fn and dtype == jnp.bfloat16 else x.astype(dtype)
 
 
 def _steps(q: Any) -> tuple[Any, Any]:

@@ -1,6 +1,8 @@
-"""Decode over an int8 cache on TPUs: queries of bfloat16 as steps of 15 bits, no worse than products in bfloat16."""
+"""Decode over caches in fewer bits on TPUs: keys are multiplied as stored, no worse than products in bfloat16."""
 
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +21,14 @@ from meshloom.pallas_kernels.attention.reference import paged_attention_referenc
 CASE = PagedCase((200,), (1,), 8, 2, 128, page_size=64, element="int8", dtype="bfloat16", padding=0)
 
 
-@pytest.mark.parametrize("options", [{}, {"soft_cap": 3.0, "window": 33}], ids=["plain", "cap_window"])
-def test_it_errs_no_more_than_twice_as_much_as_bfloat16(monkeypatch, options):
+@pytest.mark.parametrize(
+    ("element", "options"),
+    [("int8", {}), ("int8", {"soft_cap": 3.0, "window": 33}), ("float8_e4m3fn", {"soft_cap": 3.0, "window": 33})],
+    ids=["int8", "int8_cap_window", "float8_cap_window"],
+)
+def test_it_errs_no_more_than_twice_as_much_as_bfloat16(monkeypatch, element, options):
     monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
-    q, k, v, pages, ragged = CASE.step()
+    q, k, v, pages, ragged = dataclasses.replace(CASE, element=element).step()
     # Heads of different loudness share nothing, and one of zeros weighs all keys alike.
     q = q * jnp.asarray([1, 0, 1e-3, 8, 1, 1, 1, 1], q.dtype)[:, None]
     pages = jax.jit(KVPages.write)(pages, k, v, ragged)
@@ -61,3 +67,13 @@ def test_steps_hold_what_bfloat16_holds():
     got = np.asarray(_products_of_steps(steps, k), np.float64) * np.asarray(unit, np.float64)
     # Half a step each of 128 elements.
     assert np.all(np.abs(got - exact) <= 0.51 * np.asarray(unit) * np.abs(np.asarray(k, np.float64)).sum(1))
+
+
+def test_float8_is_multiplied_as_it_is_stored():
+    q, _, _, pages, ragged = jax.eval_shape(dataclasses.replace(CASE, element="float8_e4m3fn").step)
+    call = functools.partial(paged_attention_mosaic_tpu, scoring=PagedScoring(1.0), sinks=None)
+    program = str(jax.make_jaxpr(call)(q, pages, ragged))
+    stored = re.findall(r"(\w+):f8_e4m3fn\[", program)
+    factors = re.findall(r"dot_general\[.*?\] \w+ (\w+)$", program, re.DOTALL | re.MULTILINE)
+    assert len(stored) == 2
+    assert sorted(factors) == sorted(stored)

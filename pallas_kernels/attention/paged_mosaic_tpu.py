@@ -8,7 +8,8 @@ Decode multiplies all query heads with all rows of a block, heads interleaved as
 another kv head. That wastes K - 1 of K scores and nothing that counts: a key row enters the MXU once either way, and no
 head has to be picked out of packed rows. With 32 query heads, 8 kv heads of 128 and bfloat16, a step over 256 tokens is
 about 650 bundles on v5e, whose memory takes 1,900 cycles for the bytes, and 990 for those of an int8 cache (v6e: 580).
-Its keys are multiplied as they are stored, by queries in steps of 15 bits; so are both keys and values in float8.
+Its keys are multiplied as they are stored, by queries in steps of 15 bits; so are both keys and values in float8. Of
+int4 each half of a byte is read as a float8 (`Coding`), even kv heads apart from odd ones: queries lie in that order.
 
 Prefill takes a tile of rows, head by head: the rows of all query heads of a kv head are one operand. Queries and the
 keys of a block are written as 32-bit words once, of which loads with a stride give the rows of one head
@@ -90,7 +91,8 @@ def _attend(
         compiler_params=pltpu.CompilerParams(disable_bounds_checks=True, vmem_limit_bytes=_VMEM_LIMIT),
         name="paged_attention",
     )(items, total, read)
-    out = out[:rows, :heads, head_dim : 2 * head_dim] if sizes.joined else out[:rows, :heads, :head_dim]
+    out = out[:rows, :, head_dim : 2 * head_dim] if sizes.joined else out[:rows, :, :head_dim]
+    out = _in_order(out, heads, sizes)
     # Nothing has written the rows of no sequence.
     return jnp.where((jnp.arange(rows) < ragged.total)[:, None, None], out, 0)
 
@@ -103,9 +105,8 @@ def _operands(
     q: Float[Array, "T N H"], pages: KVPages, ragged: Ragged, sinks: Float[Array, "N"] | None, sizes: Sizes
 ) -> Operands:
     """A call's arrays as the kernel reads them."""
-    more_heads = sizes.heads - q.shape[1]
-    column = jnp.arange(sizes.decode_tokens * sizes.kv_heads, dtype=jnp.int32)
-    same_head = jnp.arange(sizes.heads)[:, None] // sizes.group == column % sizes.kv_heads
+    column = jnp.arange(sizes.decode_tokens * sizes.part_kv_heads, dtype=jnp.int32)
+    same_head = jnp.arange(sizes.part_heads)[:, None] // sizes.group == column % sizes.part_kv_heads
     strip_row = jnp.arange(sizes.tile * sizes.group, dtype=jnp.int32)
     row_token = strip_row // (sizes.strip * sizes.group) * sizes.strip + strip_row % sizes.strip
 
@@ -115,19 +116,37 @@ def _operands(
 
     read = Operands(
         table=jnp.pad(ragged.page_table, ((0, 0), (0, -ragged.capacity % LANES)))[:, None],
-        q=jnp.pad(q, ((0, sizes.tile), (0, more_heads), (0, sizes.width - q.shape[2]))),
+        q=_by_part(jnp.pad(q, ((0, sizes.tile), (0, 0), (0, sizes.width - q.shape[2]))), sizes),
         rows=[of_one_device(x) for x in ([pages.k] if sizes.joined else [pages.k, pages.v])],
         scales=[of_one_device(x) for x in ([pages.k_scale, pages.v_scale] if sizes.scaled else [])],
         head_bias=jnp.where(same_head, 0.0, MASKED),
-        token_of=(column // sizes.kv_heads)[None],
+        token_of=(column // sizes.part_kv_heads)[None],
         row_less_lane=row_token[:, None] - jnp.arange(LANES, dtype=jnp.int32),
     )
     if sinks is None:
         return read
-    exponents = sinks.astype(jnp.float32) * LOG2E
-    scores = exponents / scaled(jnp.zeros(()), sizes)[1]
-    by_row = jnp.tile(jnp.repeat(scores.reshape(sizes.kv_heads, sizes.group), sizes.strip, 1), (1, sizes.strips))
-    return read._replace(sinks=jnp.pad(exponents, (0, more_heads))[:, None], sink_rows=by_row[:, :, None])
+    exponents = _by_part((sinks.astype(jnp.float32) * LOG2E)[None, :, None], sizes)[0]
+    used = exponents.reshape(sizes.parts, sizes.part_heads)[:, : sizes.part_kv_heads * sizes.group]
+    scores = used.reshape(sizes.kv_heads, sizes.group) / scaled(jnp.zeros(()), sizes)[1]
+    by_row = jnp.tile(jnp.repeat(scores, sizes.strip, 1), (1, sizes.strips))
+    return read._replace(sinks=exponents, sink_rows=by_row[:, :, None])
+
+
+def _by_part(x: Float[Array, "T N H"], sizes: Sizes) -> Float[Array, "T whole H"]:
+    """Query heads part by part, each filled up with zeros."""
+    rows, heads, width = x.shape
+    x = x.reshape(rows, sizes.part_kv_heads, sizes.parts, sizes.group, width).swapaxes(1, 2)
+    x = x.reshape(rows, sizes.parts, heads // sizes.parts, width)
+    more = sizes.part_heads - heads // sizes.parts
+    return jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))).reshape(rows, sizes.heads, width)
+
+
+def _in_order(x: Float[Array, "T whole H"], heads: int, sizes: Sizes) -> Float[Array, "T N H"]:
+    """The inverse of `_by_part`."""
+    rows, _, width = x.shape
+    x = x.reshape(rows, sizes.parts, sizes.part_heads, width)[:, :, : heads // sizes.parts]
+    x = x.reshape(rows, sizes.parts, sizes.part_kv_heads, sizes.group, width).swapaxes(1, 2)
+    return x.reshape(rows, heads, width)
 
 
 def why_not(spec: PagedSpec, target: Target) -> str | None:
@@ -138,8 +157,9 @@ def why_not(spec: PagedSpec, target: Target) -> str | None:
         return reason
     if spec.distance_bias:
         return "a bias by distance needs a gather per score"
-    if spec.element == "int4":
-        return "int4 halves of a byte are unpacked by chunked only"
-    if spec.element not in ("float32", "bfloat16") and spec.pages_shape[2] % LANES:
-        return f"a page's {spec.pages_shape[2]} scales are no whole rows of {LANES} lanes: take larger pages"
+    if spec.element not in ("float32", "bfloat16"):
+        parts = 2 if spec.element == "int4" else 1
+        scales, run = spec.pages_shape[2] * parts, LANES * parts
+        if scales % run:
+            return f"a page's {scales} scales are no whole rows of {run} lanes: take larger pages"
     return None

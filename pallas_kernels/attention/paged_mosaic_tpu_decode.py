@@ -1,17 +1,26 @@
-"""A decode row of the paged TPU kernel: all query heads by all rows of a block.
+"""A decode row of the paged TPU kernel: all query heads by all rows of a block; of int4 by those of half the kv heads.
 
 Shape legend: see paged_mosaic_tpu.py.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from meshloom.pallas_kernels.attention.kernel import MASKED
-from meshloom.pallas_kernels.attention.paged_mosaic_tpu_walk import Walk, elements, lane_sums, products, scaled
-from meshloom.pallas_kernels.attention.paged_schedule import LANES, LENGTH, POSITION
+from meshloom.pallas_kernels.attention.paged_mosaic_tpu_walk import (
+    Coding,
+    Walk,
+    coding,
+    keys_of,
+    lane_sums,
+    products,
+    scaled,
+    scales_of,
+)
+from meshloom.pallas_kernels.attention.paged_schedule import LANES, LENGTH, POSITION, Sizes
 
 # The greatest number of steps of a query: 127 times 128. Queries of no greater element than the least are zeros.
 _STEPS, _LEAST = 127 * 128, 1e-12
@@ -20,37 +29,52 @@ _STEPS, _LEAST = 127 * 128, 1e-12
 def decode(walk: Walk, i: Any, slot: Any) -> Any:
     """The row of item i, whose first block comes into `slot`; returns the slot of the next item's."""
     sizes, item, read, fast, dtype = walk.sizes, walk.item, walk.read, walk.fast, walk.dtype
-    in_int8 = sizes.element == "int8" and dtype == jnp.bfloat16
-    q, unit = _steps(fast.q[i % 2, 0]) if in_int8 else (fast.q[i % 2, 0], 1.0)
-    heads, block = sizes.heads, sizes.block
-    if read.sinks is not None:
-        top = read.sinks[...][:, :1] / scaled(jnp.zeros(()), sizes, unit)[1]
-        norm = (jax.lax.broadcasted_iota(jnp.int32, (heads, LANES), 1) == 0).astype(jnp.float32)
-    else:
-        top, norm = jnp.full((heads, 1), MASKED, jnp.float32), jnp.zeros((heads, LANES), jnp.float32)
+    code = coding(sizes)
+    queries = [_Queries.of(q, sizes, code) for q in jnp.split(fast.q[i % 2, 0], sizes.parts)]
+    heads, block = sizes.part_heads, sizes.block
     at_once = sizes.decode_tokens
     step_rows = at_once * sizes.kv_heads
 
+    def nothing(part):
+        """Greatest score; sums of weights, of weighted values, and of the weights that coded values were given."""
+        no_sums = jnp.zeros((heads, LANES), jnp.float32)
+        sums = jnp.zeros((heads, sizes.width), jnp.float32), no_sums if code else None
+        if read.sinks is None:
+            return jnp.full((heads, 1), MASKED, jnp.float32), no_sums, *sums
+        exponents = read.sinks[part * heads : (part + 1) * heads, :1]
+        top = exponents / scaled(jnp.zeros(()), sizes, queries[part].unit)[1]
+        return top, (jax.lax.broadcasted_iota(jnp.int32, (heads, LANES), 1) == 0).astype(jnp.float32), *sums
+
     def some(j, slot, s, carry):
-        top, norm, acc = carry
-        rows = pl.ds(pl.multiple_of(s * step_rows, step_rows), step_rows)
-        k, *v = (elements(x[slot, rows], sizes) for x in fast.rows)
-        raw = _products_of_steps(q, k) if in_int8 else products(q, _factor(k, dtype))
-        if sizes.scaled:
-            raw = raw * fast.scales[0][slot, :, rows]
+        start = pl.multiple_of(s * step_rows, step_rows)
+        k, *v = (keys_of(x, slot, start, step_rows, sizes) for x in fast.rows)
         distance = item[POSITION, i] - j * block - s * at_once - read.token_of[...]
         allowed = distance >= 0 if sizes.window is None else (distance >= 0) & (distance < sizes.window)
-        scores, factor = scaled(raw, sizes, unit)
-        scores = jnp.where(allowed, scores + read.head_bias[...], MASKED)
-        new_top = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
-        p = jnp.exp2((scores - new_top) * factor)
-        keep = jnp.exp2((top - new_top) * factor)
-        norm = norm * keep + lane_sums(p)
-        if sizes.scaled:
-            p = p * fast.scales[1][slot, :, rows]
-        values = _factor(v[0] if v else k, dtype)
-        acc = acc * keep + jnp.dot(p.astype(dtype), values, preferred_element_type=jnp.float32)
-        return new_top, norm, acc
+
+        # Of all parts before any is weighed, or the matrix unit waits.
+        raw = [_products(part, keys, dtype) for part, keys in zip(queries, k, strict=True)]
+
+        def of_part(part, carry):
+            top, norm, acc, weights = carry
+            products = raw[part]
+            if sizes.scaled:
+                products = products * scales_of(part, fast.scales[0], slot, start, step_rows, sizes)
+            scores, factor = scaled(products, sizes, queries[part].unit)
+            scores = jnp.where(allowed, scores + read.head_bias[...], MASKED)
+            new_top = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
+            p = jnp.exp2((scores - new_top) * factor)
+            keep = jnp.exp2((top - new_top) * factor)
+            norm = norm * keep + lane_sums(p)
+            if sizes.scaled:
+                p = p * scales_of(part, fast.scales[1], slot, start, step_rows, sizes)
+            p = p.astype(dtype)
+            values = _factor((v[0] if v else k)[part], dtype)
+            acc = acc * keep + jnp.dot(p, values, preferred_element_type=jnp.float32)
+            if code:
+                weights = weights * keep + lane_sums(p.astype(jnp.float32))
+            return new_top, norm, acc, weights
+
+        return [of_part(part, each) for part, each in enumerate(carry)]
 
     def visit(j, slot, carry):
         if at_once == block:
@@ -58,12 +82,40 @@ def decode(walk: Walk, i: Any, slot: Any) -> Any:
         there = pl.cdiv(jnp.minimum(item[LENGTH, i] - j * block, block), at_once)
         return jax.lax.fori_loop(0, there, lambda s, carry: some(j, slot, s, carry), carry)
 
-    acc = jnp.zeros((heads, sizes.width), jnp.float32)
-    slot, (top, norm, acc) = walk.over_blocks(i, slot, visit, (top, norm, acc))
+    slot, carry = walk.over_blocks(i, slot, visit, [nothing(part) for part in range(sizes.parts)])
     walk.settle(i)
-    fast.out[0] = (acc / jnp.sum(norm, axis=1, keepdims=True)).astype(dtype)
+    for part, (_, norm, acc, weights) in enumerate(carry):
+        if code:
+            acc = code.plain(acc, jnp.sum(weights, axis=1, keepdims=True))
+        fast.out[0, part * heads : (part + 1) * heads] = (acc / jnp.sum(norm, axis=1, keepdims=True)).astype(dtype)
     walk.send(i)
     return slot
+
+
+class _Queries(NamedTuple):
+    """Queries [N, H] of a part of the kv heads as they are multiplied, or their steps; what a unit of their products is
+    worth; and where keys are coded the products with one of zeros, [N, 1].
+    """
+
+    q: Any
+    unit: Any
+    zero: Any
+
+    @classmethod
+    def of(cls, q: Any, sizes: Sizes, code: Coding | None) -> "_Queries":
+        if sizes.element == "int8" and q.dtype == jnp.bfloat16:
+            return cls(*_steps(q), None)
+        if code is None:
+            return cls(q, 1.0, None)
+        return cls(q, code.unit, code.zero * jnp.sum(q.astype(jnp.float32), axis=1, keepdims=True))
+
+
+def _products(queries: _Queries, k: Any, dtype: Any) -> Any:
+    """[N, C], float32."""
+    if queries.q.dtype == jnp.int8:
+        return _products_of_steps(queries.q, k)
+    sums = products(queries.q, _factor(k, dtype))
+    return sums if queries.zero is None else sums - queries.zero
 
 
 def _factor(x: Any, dtype: Any) -> Any:
@@ -71,7 +123,7 @@ def _factor(x: Any, dtype: Any) -> Any:
 
     Its products are exact in float32. Of NaN it makes a number, but no NaN is stored whose scale is not NaN too.
     """
-    return x if x.dtype == jnp.float8_e4m3fn and dtype == jnp.bfloat16 else x.astype(dtype)
+    return x if x.dtype in (jnp.float8_e4m3fn, jnp.float8_e4m3b11fnuz) and dtype == jnp.bfloat16 else x.astype(dtype)
 
 
 def _steps(q: Any) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""Several rows of a sequence in the paged TPU kernel: a tile of them, or a strip, head by head.
+"""Several rows of a sequence in the paged TPU kernel: a tile of them, or a strip, head by head, part after part.
 
 Shape legend: see paged_mosaic_tpu.py.
 """
@@ -12,7 +12,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from meshloom.pallas_kernels.attention.kernel import MASKED
-from meshloom.pallas_kernels.attention.paged_mosaic_tpu_walk import Walk, elements, lane_sums, products, scaled
+from meshloom.pallas_kernels.attention.paged_mosaic_tpu_walk import (
+    Walk,
+    coding,
+    keys_of,
+    lane_sums,
+    products,
+    scaled,
+)
 from meshloom.pallas_kernels.attention.paged_rows import HeadRows
 from meshloom.pallas_kernels.attention.paged_schedule import LANES, POSITION, USED
 
@@ -37,7 +44,6 @@ class _Tile:
         sizes, dtype = walk.sizes, walk.dtype
         self.tall, self.few = sizes.tile * sizes.group, sizes.strip * sizes.group
         self.queries = HeadRows(walk.fast.q_spread, sizes.heads, dtype)
-        self.by_head = [HeadRows(scratch, sizes.kv_heads, dtype) for scratch in walk.fast.spread]
         self.whole = walk.item[USED, i] > sizes.strip if sizes.tile > sizes.strip else jnp.bool_(False)
 
     def by_size(self, act: Callable[[int], None]) -> None:
@@ -45,6 +51,10 @@ class _Tile:
         if self.sizes.tile > self.sizes.strip:
             pl.when(self.whole)(lambda: act(self.sizes.strips))
         pl.when(~self.whole)(lambda: act(1))
+
+    def _keys_by_head(self, part: Any) -> list[HeadRows]:
+        """Of the block's keys and values, or of both joined."""
+        return [HeadRows(scratch.at[part], self.sizes.part_kv_heads, self.dtype) for scratch in self.fast.spread]
 
     def begin(self, strips: int) -> None:
         """Queries head by head, and nothing summed."""
@@ -57,7 +67,7 @@ class _Tile:
             for at in range(0, strips * strip, strip):
                 for g in range(sizes.group):
                     row = at * sizes.group + g * strip
-                    fast.q_rows[h, row : row + strip] = self.queries.head(h * sizes.group + g, strip, at)
+                    fast.q_rows[h, row : row + strip] = self.queries.head(sizes.first_query(h) + g, strip, at)
             rows, lanes = slice(0, strips * self.few), (strips * self.few, LANES)
             fast.acc[h, rows] = jnp.zeros((strips * self.few, sizes.width), jnp.float32)
             if self.read.sink_rows is not None:
@@ -112,27 +122,31 @@ class _Tile:
 
     def _spread_heads(self, slot: Any) -> None:
         """The block in a form of which rows of one head can be loaded, dequantized."""
-        sizes, scales = self.sizes, self.fast.scales
-        for number, (buffer, rows_of_heads) in enumerate(zip(self.fast.rows, self.by_head, strict=True)):
-            for at in range(0, sizes.block_rows, LANES):
-                rows = elements(buffer[slot, at : at + LANES], sizes)
-                if scales:
-                    columns = [
-                        jnp.broadcast_to(scale[slot, :, at : at + LANES], (8, LANES)).T[:, :1]
-                        for scale in (scales if sizes.joined else [scales[number]])
-                    ]
-                    if sizes.joined:
-                        lane = jax.lax.broadcasted_iota(jnp.int32, rows.shape, 1)
-                        columns = [jnp.where(lane < sizes.head_dim, *columns)]
-                    rows = rows.astype(jnp.float32) * columns[0]
-                rows_of_heads.put_all(rows, at)
+        sizes, scales, code = self.sizes, self.fast.scales, coding(self.sizes)
+        by_head = [self._keys_by_head(part) for part in range(sizes.parts)]
+        for number, buffer in enumerate(self.fast.rows):
+            for start in range(0, sizes.block_rows, sizes.parts * LANES):
+                for part, rows in enumerate(keys_of(buffer, slot, start, sizes.parts * LANES, sizes)):
+                    if scales:
+                        at = start + part * LANES
+                        columns = [
+                            jnp.broadcast_to(scale[slot, :, at : at + LANES], (8, LANES)).T[:, :1]
+                            for scale in (scales if sizes.joined else [scales[number]])
+                        ]
+                        if sizes.joined:
+                            lane = jax.lax.broadcasted_iota(jnp.int32, rows.shape, 1)
+                            columns = [jnp.where(lane < sizes.head_dim, *columns)]
+                        rows = rows.astype(jnp.float32)
+                        rows = (code.plain(rows) if code else rows) * columns[0]
+                    by_head[part][number].put_all(rows, start // sizes.parts)
 
     def _attend(self, h: Any, rows: int, keys: int, masked_from: int, offset: Any, start: Any = 0) -> None:
         """Rows of kv head h, up to `rows`, over `keys` keys of the block from `start` on, some of them masked. The
         first row's own key is `offset` keys after the block's first.
         """
         sizes, fast = self.sizes, self.fast
-        k, *v = (x.head(h, keys, start) for x in self.by_head)
+        part, head = (0, h) if sizes.parts == 1 else jnp.divmod(h, sizes.part_kv_heads)
+        k, *v = (x.head(head, keys, start) for x in self._keys_by_head(part))
         scores, factor = scaled(products(fast.q_rows[h, :rows], k), sizes)
         if masked_from < keys:
             masked = [scores[:, :masked_from]] if masked_from else []
@@ -156,7 +170,8 @@ class _Tile:
 
     def end(self, strips: int) -> None:
         """Results of all heads token by token."""
-        sizes, fast, strip, used = self.sizes, self.fast, self.sizes.strip, self.sizes.kv_heads * self.sizes.group
+        sizes, fast, strip = self.sizes, self.fast, self.sizes.strip
+        used = sizes.part_kv_heads * sizes.group
         for at in range(0, strips * strip, strip):
 
             def rows_of_head(n, at=at):
@@ -166,8 +181,10 @@ class _Tile:
                 # One step of Newton's doubles the bits that are right.
                 return fast.acc[h, row : row + strip] * (inverse * (2.0 - norm * inverse))
 
-            for n in range(0, used, 2):
-                first = rows_of_head(n)
-                self.queries.put_two(n, first, rows_of_head(n + 1) if n + 1 < used else first, at)
+            for part in range(sizes.parts):
+                for n in range(0, used, 2):
+                    first = rows_of_head(part * used + n)
+                    second = rows_of_head(part * used + n + 1) if n + 1 < used else first
+                    self.queries.put_two(part * sizes.part_heads + n, first, second, at)
             rows = self.queries.all(strip, at)
             fast.out[at : at + strip] = rows.reshape(strip, sizes.heads, sizes.width).astype(self.dtype)

@@ -25,6 +25,7 @@ from meshloom.pallas_kernels.attention.paged_schedule import (
     Sizes,
     TableRows,
 )
+from meshloom.pallas_kernels.dispatch import Target
 
 LOG2E = math.log2(math.e)
 
@@ -35,7 +36,8 @@ class Operands(NamedTuple):
     Attributes:
         table: int32 [S, 1, W]. q: [T + t, N, H]. rows: of keys and of values, or joined, [P, page * K, H].
         scales: of keys and values, float32 [P8, 1, page * K], or none.
-        head_bias: float32 [N, C], zero where a row of the block is of the query's kv head. token_of: int32 [1, C].
+        head_bias: float32 [N, C] of a part, zero where a row of the block is of the query's kv head. token_of: int32
+            [1, C], of its rows.
         row_less_lane: int32 [R, 128], the token of a row less the number of a lane.
         sinks, sink_rows: float32 [N, 1], exponents of base 2, and [K, R, 1], in units of a tile's scores; or None.
     """
@@ -66,7 +68,7 @@ class Scratch(NamedTuple):
     Attributes:
         rows, scales: of a block, as stored. q: of an item. out: of an item.
         q_rows: queries of a tile by kv head. top, norm, acc: of their online softmax.
-        q_spread, spread: scratch of `HeadRows`. table: rows of the page table, three of them.
+        q_spread, spread: scratch of `HeadRows`, the latter for each part. table: rows of the page table, three of them.
     """
 
     rows: list[Any]
@@ -91,7 +93,7 @@ class Scratch(NamedTuple):
         tall, arrays = sizes.tile * sizes.group, 1 if sizes.joined else 2
         row_sums = pltpu.VMEM((sizes.kv_heads, tall, LANES), jnp.float32)
         return cls(
-            rows=[pltpu.VMEM((2, sizes.block_rows, sizes.width), stored)] * arrays,
+            rows=[pltpu.VMEM((2, sizes.block_rows // sizes.parts, sizes.width), stored)] * arrays,
             scales=[pltpu.VMEM((2, 1, sizes.block_rows), jnp.float32)] * (2 * sizes.scaled),
             q=pltpu.VMEM((2, sizes.tile, sizes.heads, sizes.width), dtype),
             out=pltpu.VMEM((sizes.tile, sizes.heads, sizes.width), dtype),
@@ -100,7 +102,10 @@ class Scratch(NamedTuple):
             norm=row_sums,
             acc=pltpu.VMEM((sizes.kv_heads, tall, sizes.width), jnp.float32),
             q_spread=HeadRows.shape(sizes.tile, sizes.heads, sizes.width, dtype, dtype),
-            spread=[HeadRows.shape(sizes.block, sizes.kv_heads, sizes.width, stored, dtype)] * arrays,
+            spread=[
+                HeadRows.shape(sizes.block, sizes.part_kv_heads, sizes.width, stored, dtype, several=(sizes.parts,))
+            ]
+            * arrays,
             table=pltpu.SMEM((3 * capacity,), jnp.int32),
             page_sems=pltpu.SemaphoreType.DMA((2,)),
             q_sems=pltpu.SemaphoreType.DMA((2,)),
@@ -123,9 +128,54 @@ def lane_sums(p: Any) -> Any:
     return functools.reduce(jnp.add, [p[:, at : at + LANES] for at in range(0, p.shape[1], LANES)])
 
 
-def elements(x: Any, sizes: Sizes) -> Any:
-    """Stored elements as what they are."""
-    return pltpu.bitcast(x, jnp.float8_e4m3fn) if sizes.element == "float8_e4m3fn" else x
+_LOWER = 0x0F0F0F0F  # halves of the four bytes of a word
+
+
+class Coding(NamedTuple):
+    """How the kernel reads int4: as float8 that are 0 to 15 times their least number, which stand for -8 to 7.
+
+    The first 16 codes of float8 are equally far apart: half of a byte is one of them, and the matrix unit takes it. An
+    int4 is `unit` times what is read less `zero`.
+    """
+
+    dtype: Any
+    unit: float
+    zero: float
+
+    @classmethod
+    def of(cls, target: Target) -> "Coding":
+        """In the float8 that a chip's matrix unit takes as it is: the older ones' has NaN in place of -0.0."""
+        newer = str(target.device_kind).startswith("TPU7x")
+        dtype = jnp.float8_e4m3fn if newer else jnp.float8_e4m3b11fnuz
+        least = float(jnp.finfo(dtype).smallest_subnormal)
+        return cls(dtype, 1 / least, 8 * least)
+
+    def plain(self, sums: Any, weights: Any = 1.0) -> Any:
+        """Sums of what was read, by weights of which these are the sums, as sums of int4."""
+        return self.unit * (sums - self.zero * weights)
+
+
+def coding(sizes: Sizes) -> Coding | None:
+    """Of a cache whose keys are not read as what they are."""
+    return Coding.of(Target.of_mesh()) if sizes.element == "int4" else None
+
+
+def keys_of(buffer: Any, slot: Any, start: Any, count: int, sizes: Sizes) -> list[Any]:
+    """Of each part the keys among `count` of all heads from `start` on, [count / parts, H]: as they are, or coded."""
+    start, count = start // sizes.parts, count // sizes.parts
+    rows = buffer[slot, pl.ds(start if isinstance(start, int) else pl.multiple_of(start, count), count)]
+    if code := coding(sizes):
+        words = pltpu.bitcast(rows, jnp.int32)
+        return [pltpu.bitcast(halves & _LOWER, code.dtype) for halves in (words, words >> 4)]
+    return [pltpu.bitcast(rows, jnp.float8_e4m3fn) if sizes.element == "float8_e4m3fn" else rows]
+
+
+def scales_of(part: int, buffer: Any, slot: Any, start: Any, count: int, sizes: Sizes) -> Any:
+    """[1, count / parts], of the keys that `keys_of` gives: `KVPages` keeps those of a part in runs of 128."""
+    if sizes.parts == 1:
+        return buffer[slot, :, pl.ds(start, count)]
+    firsts = [start + at + part * LANES for at in range(0, count, sizes.parts * LANES)]
+    return jnp.concatenate([buffer[slot, :, pl.ds(first, LANES)] for first in firsts], axis=1)
 
 
 def products(q: Any, k: Any) -> Any:
@@ -228,7 +278,8 @@ class Walk:
         return pltpu.make_async_copy(source, target, self.fast.out_sem)
 
     def _silence_tail(self, i: Any, j: Any, slot: Any) -> None:
-        """Zeros for the values past the end: what a freed page held, even NaN, would survive a weight of zero.
+        """Zeros for the values past the end, or for their scales: of what a freed page held NaN would survive a weight
+        of zero. Scores of its keys are masked, whatever they are.
 
         Of the last page alone: those behind it are zeros from the start, or what was silenced before.
         """
@@ -237,22 +288,27 @@ class Walk:
 
         @pl.when(length < sizes.block)
         def _():
-            if sizes.element != "int8":
+            if not sizes.of_integers:
                 at = (length - 1) // sizes.page_size * sizes.page_rows // sizes.whole_rows * sizes.whole_rows
                 where = pl.ds(pl.multiple_of(at, sizes.whole_rows), sizes.whole_rows)
                 values = v_buf[slot, where]
                 rows = jax.lax.broadcasted_iota(jnp.int32, values.shape, 0) + at
                 wide = values.astype(jnp.int32 if values.dtype == jnp.uint8 else jnp.float32)
                 v_buf[slot, where] = jnp.where(rows < length * sizes.kv_heads, wide, 0).astype(v_buf.dtype)
-            for buffer in self.fast.scales:
-                for at in range(0, sizes.block_rows, token_of.shape[1]):
-                    columns = slice(at, at + token_of.shape[1])
-                    kept = token_of[...] < length - at // sizes.kv_heads
+            at_once = token_of.shape[1]
+            width = at_once if sizes.parts == 1 else LANES
+            for buffer in self.fast.scales[1:]:
+                for at in range(0, sizes.block_rows, width):
+                    steps, key = divmod(at // (sizes.parts * width) * width, at_once)  # among those of the part
+                    kept = token_of[:, key : key + width] < length - steps * sizes.decode_tokens
+                    columns = slice(at, at + width)
                     buffer[slot, :, columns] = jnp.where(kept, buffer[slot, :, columns], 0.0)
 
     def _clear(self) -> None:
         """No weight of zero meets what memory held before."""
         sizes, v_buf = self.sizes, self.fast.rows[-1]
+        if sizes.of_integers:
+            return
         for at in range(0, sizes.block_rows, sizes.whole_rows):
             for slot in range(2):
                 v_buf[slot, at : at + sizes.whole_rows] = jnp.zeros((sizes.whole_rows, sizes.width), v_buf.dtype)

@@ -37,12 +37,13 @@ class HeadRows:
         self.lines = _lines(heads, self.words)
 
     @staticmethod
-    def shape(tokens: int, heads: int, width: int, stored: Any, given: Any) -> Any:
-        """The scratch for rows that are stored as one type and given as another, as `pltpu.VMEM`."""
+    def shape(tokens: int, heads: int, width: int, stored: Any, given: Any, *, several: tuple[int, ...] = ()) -> Any:
+        """The scratch for rows that are stored as one type and given as another, or `several` of it: `pltpu.VMEM`."""
         words = stored == given == jnp.bfloat16
         lanes, lines, total = math.gcd(width, LANES), _lines(heads, words), tokens * heads // (2 if words else 1)
         parts = 1 if words and heads % 2 else total // tokens // lines
-        return pltpu.VMEM((width // lanes, parts, total // parts, lanes), jnp.uint32 if words else jnp.float32)
+        shape = (*several, width // lanes, parts, total // parts, lanes)
+        return pltpu.VMEM(shape, jnp.uint32 if words else jnp.float32)
 
     def put_all(self, rows: Any, start: int = 0) -> None:
         """Takes rows of all heads of whole tokens; `start` is the first row."""

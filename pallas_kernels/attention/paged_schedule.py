@@ -55,6 +55,10 @@ def paged_key(q: Any, pages: KVPages, scoring: PagedScoring) -> str:
     )
 
 
+def _parts(element: str) -> int:
+    return 2 if element == "int4" else 1
+
+
 def _refuse(sizes: tuning.Sizes) -> str | None:
     if sizes["tokens"] % LANES or sizes["decode_rows"] % LANES:
         return f"tokens and rows of a block are multiples of {LANES}"
@@ -66,9 +70,9 @@ class Sizes:
     """Static sizes of one call.
 
     Attributes:
-        heads: of the queries, with those that fill up whole tiles of a TPU's memory.
+        heads: of the queries, part by part (`parts`), each with those that fill up whole tiles of a TPU's memory.
         group: query heads of a kv head. width: elements of a stored row; joined: which is a key and its value.
-        per_block: pages of a block. strip, tile: rows. decode_rows: of a block, see `decode_tokens`.
+        per_block: pages of a block. strip, tile: rows. decode_rows: of a block and part, see `decode_tokens`.
     """
 
     heads: int
@@ -99,7 +103,8 @@ class Sizes:
         most = min(most, most_of["tokens"]) // pages.page_size // least
         per_block = max(1, min(most, -(-ragged.capacity // least))) * least
         strip = max(16, _STRIP_ROWS // group // 16 * 16)
-        whole_heads = -(-heads // _SUBLANES) * _SUBLANES
+        parts = _parts(pages.element)
+        whole_heads = parts * (-(-heads // parts // _SUBLANES) * _SUBLANES)
         strips = max(1, _TILE_BYTES // (strip * whole_heads * width * dtype.itemsize))
         tile = 1 if rows == 1 else strip * min(most_of["rows"] // _STRIP_ROWS, strips, -(-rows // strip))
         cap = None if scoring.soft_cap is None else float(scoring.soft_cap)
@@ -122,7 +127,28 @@ class Sizes:
         return self.per_block * self.page_size
 
     @property
+    def parts(self) -> int:
+        """Parts of the kv heads, each with the queries that read it: the even and the odd ones of int4, or all."""
+        return _parts(self.element)
+
+    @property
+    def part_heads(self) -> int:
+        """Of the queries of a part, as `heads`."""
+        return self.heads // self.parts
+
+    @property
+    def part_kv_heads(self) -> int:
+        return self.kv_heads // self.parts
+
+    def first_query(self, h: Any) -> Any:
+        """Where among `heads` the queries of kv head h begin, kv heads counted part by part."""
+        if self.parts == 1:
+            return h * self.group
+        return h // self.part_kv_heads * self.part_heads + h % self.part_kv_heads * self.group
+
+    @property
     def page_rows(self) -> int:
+        """Keys of all kv heads in a page. A stored row holds one of each part."""
         return self.page_size * self.kv_heads
 
     @property
@@ -132,10 +158,9 @@ class Sizes:
     @property
     def decode_tokens(self) -> int:
         """Tokens of a block that a decode row multiplies at a time: all, or a part of whole vectors of lanes."""
-        parts = [n for n in range(1, self.block // LANES + 1) if self.block % (n * LANES) == 0]
-        return next(
-            (self.block // n for n in parts if self.block_rows // n <= self.decode_rows), self.block // parts[-1]
-        )
+        pieces = [n for n in range(1, self.block // LANES + 1) if self.block % (n * LANES) == 0]
+        rows = self.block_rows // self.parts
+        return next((self.block // n for n in pieces if rows // n <= self.decode_rows), self.block // pieces[-1])
 
     @property
     def widths(self) -> list[int]:
@@ -155,6 +180,11 @@ class Sizes:
     @property
     def scaled(self) -> bool:
         return self.element not in ("float32", "bfloat16")
+
+    @property
+    def of_integers(self) -> bool:
+        """Whether no element can be NaN."""
+        return self.element in ("int8", "int4")
 
 
 # Fields of an item, the rows of an int32 [7, I] in SMEM.
@@ -226,15 +256,15 @@ class BlockCopies:
 
     def _copy(self, begin, slot, first, count, act):
         """Does `act` to the copies of `count` pages of a block from its page `first` on, a multiple of `count`."""
-        size = self.sizes.page_rows
-        where = pl.ds(pl.multiple_of(first * size, count * size), count * size)
-        targets = [
-            buffer.at[slot, where] if axis == 0 else buffer.at[slot, :, where] for _, buffer, axis in self.copies
-        ]
-        numbers = begin + first
+        numbers, targets = begin + first, []
+        for source, buffer, axis in self.copies:
+            size = source.shape[1 + axis]
+            where = pl.ds(pl.multiple_of(first * size, count * size), count * size)
+            targets.append(buffer.at[slot, where] if axis == 0 else buffer.at[slot, :, where])
         for b in range(count):
-            number, rows = self.table.rows[numbers + b], pl.ds(b * size, size)
+            number = self.table.rows[numbers + b]
             for (source, _, axis), target in zip(self.copies, targets, strict=True):
+                rows = pl.ds(b * source.shape[1 + axis], source.shape[1 + axis])
                 part = target.at[rows] if axis == 0 else target.at[:, rows]
                 act(pltpu.make_async_copy(source.at[number], part, self.sems.at[slot]))
 

@@ -90,13 +90,14 @@ class KVPages:
 
     Attributes:
         k, v: rows as stored, in shards of the kv heads, tokens outermost in each: float8 as the bits of each element in
-            uint8; int4 two to a uint8, kv heads 2i and 2i + 1 in the low and high half of [i]. Where heads are joined,
-            k has [key, value] in each row and v is None.
+            uint8; int4 more eight two to a uint8, kv heads 2i and 2i + 1 in the low and high half of [i]. Where heads
+            are joined, k has [key, value] in each row and v is None.
         page_size: tokens in one page. head_dim: elements of a key, H of the columns.
         k_scale, v_scale: what the stored elements are multiplied by, one per token and kv head, in one row per page and
             shard; None for float32 and bfloat16. A row of its own per page, because a TPU moves whole (8, 128) tiles
             and [P, page * K] would put eight pages into one. Pages, P8, are rounded up to whole tiles, since XLA
-            writes to all rows of all pages as to tiles.
+            writes to all rows of all pages as to tiles. Of int4 each 256 (or all, of a page that holds no multiple of
+            them) are those of the even kv heads, then those of the odd ones, as halves of bytes are told apart.
         element: name of the element type: "float32", "bfloat16", "int8", "float8_e4m3fn" or "int4".
     """
 
@@ -203,7 +204,11 @@ class KVPages:
             """One by one, by rows of a TPU's lanes: by other rows it would copy them to another tiling and back."""
             shards, columns = scales.shape[1], scales.shape[3]
             each, lanes = columns // self.page_size, 128 if columns % 128 == 0 else columns
-            row, lane = jnp.divmod(offset[:, None] * each + jnp.arange(each), lanes)
+            key = offset[:, None] * each + jnp.arange(each)
+            if self.element == "int4":
+                run = _run(columns)
+                key = key // run * run + key % 2 * (run // 2) + key % run // 2
+            row, lane = jnp.divmod(key, lanes)
             where = page_in(scales)[:, None] * (columns // lanes) + row, lane
 
             def put_shard(scales, values):
@@ -222,13 +227,13 @@ class KVPages:
     def gather(self, ids: Int[Array, "X m"]) -> "KVBlock":
         """The keys and values of `m` pages for each of X sequences."""
 
-        def tokens(pages, *last):
+        def tokens(found, *last):
             """[X, m, shards, page * n, ...] as [X, c, K, *last]."""
-            found = pages[ids].reshape(*ids.shape, pages.shape[1], self.page_size, -1, *last)
+            found = found.reshape(*ids.shape, found.shape[2], self.page_size, -1, *last)
             return found.swapaxes(2, 3).reshape(ids.shape[0], ids.shape[1] * self.page_size, -1, *last)
 
         def elements(pages):
-            found = tokens(pages, pages.shape[-1])
+            found = tokens(pages[ids], pages.shape[-1])
             match self.element:
                 case "int4":
                     return _unpacked(found)
@@ -237,7 +242,13 @@ class KVPages:
             return found
 
         def scale(scales):
-            return None if scales is None else tokens(scales)
+            if scales is None:
+                return None
+            found = scales[ids]
+            if self.element == "int4":
+                run = _run(found.shape[-1])
+                found = found.reshape(*found.shape[:3], -1, 2, run // 2).swapaxes(-1, -2)
+            return tokens(found)
 
         k = elements(self.k)
         v = k[..., self.head_dim :] if self.joined else elements(self.v)
@@ -280,6 +291,11 @@ class PagePart:
         return self.page_table[sequence, jnp.argmax(same, axis=1)], jnp.any(same, axis=1)
 
 
+def _run(scales: int) -> int:
+    """How many of a page's scales of int4 are those of even kv heads, then those of odd ones: whole lanes of a TPU."""
+    return 2 * TPU_LANES if scales % (2 * TPU_LANES) == 0 else scales
+
+
 def _rows_at_once(heads: int, columns: int, itemsize: int) -> int:
     """Rows that one write of a token's `heads` rows moves: all, where they are whole tiles as a TPU lays out rows.
 
@@ -301,12 +317,12 @@ def _quantized(x: Float[Array, "T K H"], element: str) -> tuple[Array, Float[Arr
 
 
 def _packed(x: Int[Array, "T K H"]) -> UInt[Array, "T half_K H"]:
-    """Two kv heads in a byte."""
-    low, high = x[:, 0::2].astype(jnp.uint8), x[:, 1::2].astype(jnp.uint8)
-    return (low & 15) | (high << 4)
+    """Two kv heads in a byte, without signs."""
+    low, high = jnp.moveaxis((x + 8).astype(jnp.uint8).reshape(x.shape[0], -1, 2, x.shape[2]), 2, 0)
+    return low | high << 4
 
 
 def _unpacked(x: UInt[Array, "X c half_K H"]) -> Int[Array, "X c K H"]:
-    """int8 from two kv heads in a byte; shifts of signed bytes restore the signs."""
-    low, high = (x << 4).astype(jnp.int8) >> 4, x.astype(jnp.int8) >> 4
-    return jnp.stack([low, high], axis=3).reshape(*x.shape[:2], -1, x.shape[3])
+    """int8 from two kv heads in a byte."""
+    both = jnp.stack([x & 15, x >> 4], axis=3).astype(jnp.int8) - 8
+    return both.reshape(*x.shape[:2], -1, x.shape[3])

@@ -26,6 +26,7 @@ from meshloom.pallas_kernels.bench.figures import Cost, KernelFigures, compile_f
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 # Cycles of a core for a product of 128 x 128 x 128 where 128 is what is summed over or the width, as in attention.
 _TILE_CYCLES = {"v5e": 32, "v5p": 32, "v6e": 16}
+_BITS = {"bfloat16": 16, "int8": 8, "float8_e4m3fn": 8, "int4": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Step:
     @property
     def least_bytes(self) -> int:
         """Of queries, results, keys and values, each once."""
-        each = HEAD_DIM + 4 if self.scaled else 2 * HEAD_DIM
+        each = HEAD_DIM * _BITS[self.element] // 8 + 4 * self.scaled
         return self.sequences * (2 * 2 * HEADS * HEAD_DIM * self.rows + 2 * KV_HEADS * each * self.length)
 
     @property
@@ -68,6 +69,7 @@ STEPS = (
     # As plans choose them for a cache with scales.
     Step("decode, int8, pages of 128", 32, 1, 2040, "int8", 128),
     Step("decode, float8, pages of 128", 32, 1, 2040, "float8_e4m3fn", 128),
+    Step("decode, int4, pages of 128", 32, 1, 2040, "int4", 128),
     Step("prefill of 2,048", 1, 2048, 2048, peers=((64, 32), (128, 32))),
     Step("512 rows after 7,680", 1, 512, 8192, peers=((128, 32),)),
 )

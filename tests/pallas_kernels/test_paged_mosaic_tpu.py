@@ -74,8 +74,9 @@ def assert_right(case: PagedCase, tolerance: float = 2e-5, sinks: bool = False, 
     [
         (MIXED, {"window": 33, "soft_cap": 3.0, "sinks": True}),
         (PagedCase((130, 40), (1, 9), element="int8", page_size=64, lanes=32), {}),
+        (PagedCase((130, 40), (1, 9), 6, 2, 24, element="int4", page_size=128, lanes=32), {"sinks": True}),
     ],
-    ids=["window_cap_sinks", "int8_joined"],
+    ids=["window_cap_sinks", "int8_joined", "int4"],
 )
 def test_no_race_no_unwritten_memory_and_nothing_out_of_bounds(case, options):
     # Fast memory holds NaN until it is written, and a DMA runs as late as its semaphores allow.
@@ -109,6 +110,15 @@ def test_bfloat16_over_float8_errs_as_bfloat16_does(kv_heads, head_dim):
     case = PagedCase((130, 40), (1, 9), heads, element="float8_e4m3fn", dtype="bfloat16", **sizes)
     # Weights and results are rounded to 8 bits: one part in 256 each, of values up to about 3.
     assert_right(case, 2 * 3 / 256)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "lanes"), [(12, 4, 32), pytest.param(6, 6, 24, marks=pytest.mark.slow)], ids=["joined", "six"]
+)
+def test_int4_in_both_halves_of_a_byte_is_what_the_reference_reads(heads, kv_heads, lanes):
+    sizes = {"page_size": 128, "element": "int4", "lanes": lanes}
+    assert_right(PagedCase((300, 40, 256), (1, 9, 1), heads, kv_heads, **sizes), window=201, sinks=True)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -151,14 +161,21 @@ def test_any_lengths(data):
     np.testing.assert_array_equal(got, run(q, pages, ragged))
 
 
-@pytest.mark.parametrize("name", TPUS)
-def test_it_is_chosen_compiled_and_copies_no_cache(name):
+@pytest.mark.parametrize(
+    ("name", "element"),
+    [
+        *zip(TPUS, ("int8", "bfloat16", "float8_e4m3fn", "int4"), strict=True),
+        *(pytest.param(name, "int4", marks=pytest.mark.slow) for name in TPUS[:3]),
+        *(pytest.param(name, "float8_e4m3fn", marks=pytest.mark.slow) for name in (TPUS[0], TPUS[3])),
+        pytest.param(TPUS[3], "bfloat16", marks=pytest.mark.slow),
+    ],
+)
+def test_it_is_chosen_compiled_and_copies_no_cache(name, element):
     devices = parse_devices(name)
     if (missing := compiler_missing(devices)) is not None:
         pytest.skip(missing)
     mesh = make_mesh("data=1", target_devices(devices)[:1])
-    # int8 and float8 on those that have served long and new ones alike.
-    element = {"v5e": "int8", "v6e": "float8_e4m3fn"}.get(devices.platform, "bfloat16")
+    page_size = 128 if element == "int4" or name == TPUS[3] else 16  # the latest has larger temporaries, of the step
 
     def placed(tree):
         everywhere = NamedSharding(mesh, PartitionSpec())
@@ -167,7 +184,7 @@ def test_it_is_chosen_compiled_and_copies_no_cache(name):
     def arguments():
         q, kv = jnp.zeros((64, 32, 128), jnp.bfloat16), jnp.zeros((64, 8, 128), jnp.bfloat16)
         lengths = jnp.zeros(64, jnp.int32), jnp.zeros((64, 64), jnp.int32), jnp.zeros(65, jnp.int32), jnp.int32(0)
-        return q, kv, kv, KVPages.zeros(1024, 16, 8, 128, element, lanes=128), Ragged(*lengths)
+        return q, kv, kv, KVPages.zeros(1024, page_size, 8, 128, element, lanes=128), Ragged(*lengths)
 
     args = placed(jax.eval_shape(arguments))
     run = functools.partial(paged_attention, window=4096, soft_cap=30.0)
@@ -195,6 +212,8 @@ def test_it_is_chosen_compiled_and_copies_no_cache(name):
                 ("int8", 64, 8, 64),
                 ("int8", 128, 4, 64),
                 ("float8_e4m3fn", 64, 8, 64),
+                ("int4", 128, 8, 128),
+                ("int4", 128, 24, 128),
             )
         ),
     ],
@@ -237,8 +256,9 @@ def test_what_it_declines_is_said():
     assert reasons(Target("cpu", "cpu")) == "it runs on TPUs, not on cpu"
     assert "no mesh in scope" in str(reasons(Target()))
     assert "gather per score" in str(reasons(tpu, distance_bias=True))
-    assert "unpacked by chunked only" in str(reasons(tpu, element="int4"))
-    assert "64 scales" in str(reasons(tpu, element="int8", pages_shape=(9, 1, 64, 128)))
+    assert "64 scales are no whole rows of 128" in str(reasons(tpu, element="int8", pages_shape=(9, 1, 64, 128)))
+    assert "128 scales are no whole rows of 256" in str(reasons(tpu, element="int4", pages_shape=(9, 1, 64, 128)))
+    assert reasons(tpu, element="int4") is None
     with jax.set_mesh(make_mesh("fsdp=2,tensor=4")):
         assert reasons(tpu) == "the cache's kv heads are in 1 shard(s), for 4 device(s) of the tensor axis"
         assert reasons(tpu, pages_shape=(9, 4, 32, 128)) is None

@@ -18,13 +18,18 @@ from meshloom.pallas_kernels.attention.paged_mosaic_tpu_decode import _products_
 from meshloom.pallas_kernels.attention.reference import paged_attention_reference
 
 # A part of a block.
-CASE = PagedCase((200,), (1,), 8, 2, 128, page_size=64, element="int8", dtype="bfloat16", padding=0)
+CASE = PagedCase((200,), (1,), 8, 2, 128, page_size=128, element="int8", dtype="bfloat16", padding=0)
 
 
 @pytest.mark.parametrize(
     ("element", "options"),
-    [("int8", {}), ("int8", {"soft_cap": 3.0, "window": 33}), ("float8_e4m3fn", {"soft_cap": 3.0, "window": 33})],
-    ids=["int8", "int8_cap_window", "float8_cap_window"],
+    [
+        ("int8", {}),
+        ("int8", {"soft_cap": 3.0, "window": 33}),
+        ("float8_e4m3fn", {"soft_cap": 3.0, "window": 33}),
+        ("int4", {"soft_cap": 3.0, "window": 33}),
+    ],
+    ids=["int8", "int8_cap_window", "float8_cap_window", "int4_cap_window"],
 )
 def test_it_errs_no_more_than_twice_as_much_as_bfloat16(monkeypatch, element, options):
     monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))

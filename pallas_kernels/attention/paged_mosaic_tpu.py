@@ -40,7 +40,7 @@ from meshloom.pallas_kernels.attention.paged import PagedScoring
 from meshloom.pallas_kernels.attention.paged_mosaic_tpu_decode import decode
 from meshloom.pallas_kernels.attention.paged_mosaic_tpu_prefill import prefill
 from meshloom.pallas_kernels.attention.paged_mosaic_tpu_walk import LOG2E, Operands, Scratch, Walk, scaled
-from meshloom.pallas_kernels.attention.paged_schedule import LANES, Sizes, items_of
+from meshloom.pallas_kernels.attention.paged_schedule import LANES, Sizes, items_of, parts_of
 from meshloom.pallas_kernels.attention.paged_spread import on_own_heads, spread_why_not
 from meshloom.pallas_kernels.attention.pages import KVPages, Ragged
 from meshloom.pallas_kernels.attention.spec import PagedSpec
@@ -158,7 +158,7 @@ def why_not(spec: PagedSpec, target: Target) -> str | None:
     if spec.distance_bias:
         return "a bias by distance needs a gather per score"
     if spec.element not in ("float32", "bfloat16"):
-        parts = 2 if spec.element == "int4" else 1
+        parts = parts_of(spec.element)
         scales, run = spec.pages_shape[2] * parts, LANES * parts
         if scales % run:
             return f"a page's {scales} scales are no whole rows of {run} lanes: take larger pages"

@@ -55,7 +55,8 @@ def paged_key(q: Any, pages: KVPages, scoring: PagedScoring) -> str:
     )
 
 
-def _parts(element: str) -> int:
+def parts_of(element: str) -> int:
+    """Kv heads in a byte of a cache, which are read apart."""
     return 2 if element == "int4" else 1
 
 
@@ -103,7 +104,7 @@ class Sizes:
         most = min(most, most_of["tokens"]) // pages.page_size // least
         per_block = max(1, min(most, -(-ragged.capacity // least))) * least
         strip = max(16, _STRIP_ROWS // group // 16 * 16)
-        parts = _parts(pages.element)
+        parts = parts_of(pages.element)
         whole_heads = parts * (-(-heads // parts // _SUBLANES) * _SUBLANES)
         strips = max(1, _TILE_BYTES // (strip * whole_heads * width * dtype.itemsize))
         tile = 1 if rows == 1 else strip * min(most_of["rows"] // _STRIP_ROWS, strips, -(-rows // strip))
@@ -129,7 +130,7 @@ class Sizes:
     @property
     def parts(self) -> int:
         """Parts of the kv heads, each with the queries that read it: the even and the odd ones of int4, or all."""
-        return _parts(self.element)
+        return parts_of(self.element)
 
     @property
     def part_heads(self) -> int:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from meshloom.core.ahead import target_devices
 from meshloom.core.errors import MeshloomError
-from meshloom.core.hlo import Instruction, Module, parse
+from meshloom.core.hlo import Module, parse
 from meshloom.core.topology import make_mesh, parse_devices
 from meshloom.models.config import DecoderConfig
 from meshloom.models.decoder import Decoder
@@ -28,6 +28,7 @@ from meshloom.pallas_kernels.dispatch import Target, explain
 from meshloom.sharding import derive
 from meshloom.sharding.constrain import constrained
 from tests.compilers import needs_tpu, quickly
+from tests.pallas_kernels.schedules import permutes
 
 AXES = {"fsdp": 2, "context": 2, "tensor": 2}
 CASE = AttentionCase("mesh", q_len=32, kv_len=32, head_dim=8, value_dim=8, segments=2, window=11, sinks=True)
@@ -179,25 +180,10 @@ def test_a_tpus_kernel_declines_where_there_is_no_ring_and_judges_what_one_devic
 # -- what the compiler for TPUs makes of it --
 
 
-def kernels_of(module: Module, instruction: Instruction) -> int:
-    """Kernels for TPUs that an instruction may run."""
-    found = int(instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.attributes)
-    called = [name for names in instruction.called.values() for name in names]
-    return found + sum(kernels_of(module, each) for name in called for each in module.computations[name].instructions)
-
-
 def travels(module: Module) -> tuple[int, int]:
     """Permutations, and how many of them begin and end without a kernel between."""
-    count = alone = 0
-    for computation in module.computations.values():
-        order = computation.instructions
-        done = {each.operands[0]: i for i, each in enumerate(order) if each.opcode == "collective-permute-done"}
-        for start, each in enumerate(order):
-            if each.opcode == "collective-permute-start":
-                between = order[start : done[each.name]]
-                count += 1
-                alone += not any(kernels_of(module, other) for other in between)
-    return count, alone
+    found = permutes(module)
+    return len(found), sum(not kernels for _, kernels in found)
 
 
 def compiled_for_tpus(text: str, run) -> Module:

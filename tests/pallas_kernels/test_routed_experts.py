@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from meshloom.core.ahead import target_devices
-from meshloom.core.hlo import Instruction, Module, parse
+from meshloom.core.hlo import parse
 from meshloom.core.program_report import report
 from meshloom.core.topology import make_mesh, parse_devices
 from meshloom.pallas_kernels import QArray, quantize, routed_experts, top_experts
@@ -19,7 +19,7 @@ from meshloom.pallas_kernels.dispatch import Implementation, Target, explain
 from meshloom.pallas_kernels.matmul.experts import spread
 from meshloom.pallas_kernels.matmul.experts.rows import EXCHANGES, RowsSpec, ring_gathered, ring_scattered
 from tests.compilers import needs_tpu
-from tests.pallas_kernels.test_context_attention import kernels_of
+from tests.pallas_kernels.schedules import permutes
 
 E, D, F, K = 8, 16, 24, 2
 ROWS = (4, 6)
@@ -203,19 +203,6 @@ def test_experts_whose_rows_go_around_are_those_of_one_device(monkeypatch):
         program = with_gradients(lambda *operands: ours(numbers, *operands), operands).lower(*operands).compile()
     assert "collective-permute" in program.as_text()
     assert difference(program(*operands), expected()) < 1e-6
-
-
-def permutes(module: Module) -> list[tuple[Instruction, int]]:
-    """What begins each permutation, and how many kernels may run before it ends."""
-    found = []
-    for computation in module.computations.values():
-        order = computation.instructions
-        done = {each.operands[0]: i for i, each in enumerate(order) if each.opcode == "collective-permute-done"}
-        for start, each in enumerate(order):
-            if each.opcode == "collective-permute-start":
-                between = order[start + 1 : done[each.name]]
-                found.append((each, sum(kernels_of(module, other) for other in between)))
-    return found
 
 
 @functools.cache

@@ -8,11 +8,10 @@ says that it fits.
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from meshloom.core.ahead import compiler_missing, target_devices
@@ -20,7 +19,7 @@ from meshloom.core.buffers import Buffer, largest_buffers
 from meshloom.core.hardware import CHIPS
 from meshloom.core.topology import Devices, mesh_text
 from meshloom.models.config import DecoderConfig
-from meshloom.planning import compile_candidate
+from meshloom.planning import CompileProgress, compile_candidate, outcome_text
 from meshloom.sharding.charts import label
 from meshloom.sharding.explain import bytes_text
 from meshloom.sharding.planner import Candidate
@@ -28,7 +27,8 @@ from meshloom.sharding.workload import TrainWorkload
 
 # TPUs whose programs are compiled for this one to look inside: the most memory, and slices of any small size.
 _ROOMY = "v5p"
-_ATTEMPTS = 2  # compiles per kind of change
+# Compiles of changes to the same mesh, and of others: one of Llama-3-8B takes libtpu two minutes.
+_ATTEMPTS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,23 +118,24 @@ def diagnose(
     Args:
         others: everything that the planner priced for the same workload and devices.
     """
-    columns = SpinnerColumn(), TextColumn("doctor: {task.description}"), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=None)
-
-        def tell(what: str) -> None:
-            progress.update(task, description=what)
-
-        tell(f"compiling {label(candidate)} to look inside")
-        buffers, chip = _inside(config, where, candidate, workload)
-        remedies = _remedies(config, where, candidate, others, workload, tell)
+    compiles = 1 + 2 * _ATTEMPTS
+    plan = f"doctor: {label(candidate)} does not fit; at most {compiles} others are compiled, and told as they end"
+    console.print(plan, highlight=False, soft_wrap=True)
+    with CompileProgress(console, "doctor", compiles) as progress:
+        buffers, chip = _inside(config, where, candidate, workload, progress)
+        progress.count(1)
+        remedies = _remedies(config, where, candidate, others, workload, progress)
     count = math.prod(candidate.mesh.values())
     state = min(each.memory.weights + each.memory.gradients + each.memory.optimizer for each in others)
     return Diagnosis(candidate, buffers, chip, tuple(remedies), math.ceil(state * count / candidate.hbm_bytes))
 
 
 def _inside(
-    config: DecoderConfig, where: Devices, candidate: Candidate, workload: TrainWorkload
+    config: DecoderConfig,
+    where: Devices,
+    candidate: Candidate,
+    workload: TrainWorkload,
+    progress: CompileProgress,
 ) -> tuple[tuple[Buffer, ...], str | None]:
     """The largest arrays, and the chip whose compiler showed them."""
     if candidate.compiled is not None:
@@ -147,7 +148,9 @@ def _inside(
     for share in (each for each in (1, 2, 4, 8, 16) if candidate.microbatch % each == 0):
         part = dataclasses.replace(candidate, microbatch=candidate.microbatch // share)
         fewer = dataclasses.replace(workload, batch_tokens=workload.batch_tokens // share)
-        again = compile_candidate(config, roomy, devices, part, fewer)
+        with progress.compiling(f"{label(part)} for {roomy.platform}, to look inside") as tell:
+            again = compile_candidate(config, roomy, devices, part, fewer, hasty=True)
+            tell("too large there too" if again.compiled is None else bytes_text(again.compiled.peak_bytes))
         if again.compiled is not None:
             rows = f", {part.microbatch} of {candidate.microbatch} row(s) per device" if share > 1 else ""
             return largest_buffers(again.compiled.module), f"{roomy.platform}{rows}"
@@ -169,27 +172,42 @@ def _remedies(
     candidate: Candidate,
     others: Sequence[Candidate],
     workload: TrainWorkload,
-    tell: Callable[[str], None],
+    progress: CompileProgress,
 ) -> list[Remedy]:
-    kinds: dict[str, Callable[[Candidate], bool]] = {
-        "remat": lambda each: (each.mesh, each.parts) == (candidate.mesh, candidate.parts),
-        "parts": lambda each: (each.mesh, each.remat) == (candidate.mesh, candidate.remat),
-        "both": lambda each: each.mesh == candidate.mesh,
-        "mesh": lambda each: True,
-    }
+    """The fastest change that keeps the mesh, and one of the mesh where that is faster still; by step time."""
     devices = target_devices(where)
     by_time = sorted((each for each in others if each.fits), key=lambda each: each.step_time_s)
+    overrun, fastest = _overrun(candidate), math.inf
     tried: list[Candidate] = []
     found: list[Remedy] = []
-    for allowed in kinds.values():
-        for attempt in [each for each in by_time if allowed(each) and each not in tried][:_ATTEMPTS]:
-            tell(f"trying {_change(candidate, attempt)}")
-            tried.append(attempt)
-            after = compile_candidate(config, where, devices, attempt, workload)
-            if after.compiled is not None and after.fits:
-                found.append(Remedy(_change(candidate, attempt), after))
+    for meshes in ([candidate.mesh], [each.mesh for each in by_time]):
+        for _ in range(_ATTEMPTS):
+            left = [each for each in by_time if each.mesh in meshes and each not in tried]
+            attempt = _likely([each for each in left if each.step_time_s < fastest], overrun)
+            if attempt is None:
                 break
+            tried.append(attempt)
+            with progress.compiling(_change(candidate, attempt)) as tell:
+                after = compile_candidate(config, where, devices, attempt, workload)
+                tell(outcome_text(after))
+            progress.count(1 + len(tried))
+            if after.fits:
+                found.append(Remedy(_change(candidate, attempt), after))
+                fastest = after.step_time_s
+                break
+            overrun = max(overrun, _overrun(after))
     return sorted(found, key=lambda each: each.candidate.step_time_s)
+
+
+def _overrun(candidate: Candidate) -> float:
+    """How many times the memory that was predicted the compiler asked for."""
+    return (candidate.compiled_bytes or 0) / candidate.memory.total
+
+
+def _likely(by_time: Sequence[Candidate], overrun: float) -> Candidate | None:
+    """The fastest that fits if its memory is underestimated as that of another was; else the smallest."""
+    smallest = min(by_time, key=lambda each: each.memory.total, default=None)
+    return next((each for each in by_time if each.memory.total * overrun <= each.hbm_bytes), smallest)
 
 
 def _change(before: Candidate, after: Candidate) -> str:

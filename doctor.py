@@ -27,7 +27,7 @@ from meshloom.sharding.workload import TrainWorkload
 
 # TPUs whose programs are compiled for this one to look inside: the most memory, and slices of any small size.
 _ROOMY = "v5p"
-# Compiles of changes to the same mesh, and of others: one of Llama-3-8B takes libtpu two minutes.
+# Compiles of changes that keep the mesh, and as many of others: one of Llama-3-8B takes libtpu two minutes.
 _ATTEMPTS = 2
 
 
@@ -118,12 +118,11 @@ def diagnose(
     Args:
         others: everything that the planner priced for the same workload and devices.
     """
-    compiles = 1 + 2 * _ATTEMPTS
-    plan = f"doctor: {label(candidate)} does not fit; at most {compiles} others are compiled, and told as they end"
+    changes = 2 * _ATTEMPTS
+    plan = f"doctor: {label(candidate)} does not fit; at most {changes} changes are compiled, and told as they end"
     console.print(plan, highlight=False, soft_wrap=True)
-    with CompileProgress(console, "doctor", compiles) as progress:
+    with CompileProgress(console, "doctor", changes) as progress:
         buffers, chip = _inside(config, where, candidate, workload, progress)
-        progress.count(1)
         remedies = _remedies(config, where, candidate, others, workload, progress)
     count = math.prod(candidate.mesh.values())
     state = min(each.memory.weights + each.memory.gradients + each.memory.optimizer for each in others)
@@ -180,17 +179,17 @@ def _remedies(
     overrun, fastest = _overrun(candidate), math.inf
     tried: list[Candidate] = []
     found: list[Remedy] = []
-    for meshes in ([candidate.mesh], [each.mesh for each in by_time]):
+    for same_mesh in (True, False):
         for _ in range(_ATTEMPTS):
-            left = [each for each in by_time if each.mesh in meshes and each not in tried]
-            attempt = _likely([each for each in left if each.step_time_s < fastest], overrun)
+            left = [each for each in by_time if each.step_time_s < fastest and each not in tried]
+            attempt = _likely([each for each in left if each.mesh == candidate.mesh or not same_mesh], overrun)
             if attempt is None:
                 break
             tried.append(attempt)
             with progress.compiling(_change(candidate, attempt)) as tell:
                 after = compile_candidate(config, where, devices, attempt, workload)
                 tell(outcome_text(after))
-            progress.count(1 + len(tried))
+            progress.count(len(tried))
             if after.fits:
                 found.append(Remedy(_change(candidate, attempt), after))
                 fastest = after.step_time_s

@@ -86,8 +86,8 @@ def compile_candidate(
     """The candidate with the compiler's figures, or with what it would need.
 
     Args:
-        hasty: with the least of the compiler's optimizations. A step of Llama-3-8B for v5e:4x4 takes libtpu 31 s so and
-            116 s in full, and 11.36 of a device's memory instead of 11.56 GiB; of SmolLM2, 28 and 76 s.
+        hasty: with few of the compiler's optimizations. A step of Llama-3-8B for v5e:4x4 (`fsdp=16`, `full`, 2 parts,
+            131,072 tokens) takes libtpu 31 s so and 116 s in full, and 11.36 of a device's memory instead of 11.56 GiB.
     """
     options = compiler_options(where) | ({"optimization_level": "O1"} if hasty else {})
     return _compiled(config, devices, candidate, workload, TrainConfig(), options)[0]
@@ -180,10 +180,11 @@ class CompileProgress:
     """What is being compiled and what came of it: a line of each, and a bar below them on a terminal."""
 
     def __init__(self, console: Console, what: str, total: int):
-        """`what` the lines are about: "plan"; `total`: of what is counted, or how many compiles there are at most."""
-        columns = SpinnerColumn(), TextColumn(f"{what}: compiling {{task.description}}"), BarColumn()
+        """`what`: begins every line. `total`: what `count` reaches at most."""
+        shown = SpinnerColumn(), TextColumn(f"{what}: compiling {{task.description}}"), BarColumn()
         self._console, self._what = console, what
-        self._bar = Progress(*columns, MofNCompleteColumn(), TimeElapsedColumn(), console=console, transient=True)
+        columns = *shown, MofNCompleteColumn(), TimeElapsedColumn()
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._bar.add_task("", total=total)
 
     def __enter__(self) -> "CompileProgress":
@@ -209,7 +210,7 @@ class CompileProgress:
 
 
 def outcome_text(candidate: Candidate | ServeCandidate) -> str:
-    """`fits, 11.56 GiB of 15.75 GiB`: what the compiler said of a candidate's memory."""
+    """`fits, 11.6 GiB of 16 GiB per device`: what the compiler said of a candidate's memory."""
     memory = candidate.compiled_bytes
     assert memory is not None  # it was compiled
     verdict = "fits" if candidate.fits else "does not fit"

@@ -1,14 +1,8 @@
-"""Compilers in tests: `jax.jit` for many small programs, and marks where a compiler for other hardware is asked."""
+"""Marks of tests that ask a compiler for other hardware."""
 
-import functools
 import importlib.util
 
-import jax
 import pytest
-
-# Most of the time of a small case is LLVM's optimization, which is no part of what a program means or sends.
-QUICK = {"xla_backend_optimization_level": 0}
-quickly = functools.partial(jax.jit, compiler_options=QUICK)
 
 needs_tpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler for TPUs, is not installed"

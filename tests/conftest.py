@@ -1,4 +1,8 @@
-"""Every test runs on eight simulated CPU devices, with all jaxtyping annotations executed."""
+"""Every test runs on eight simulated CPU devices, with all jaxtyping annotations executed.
+
+Programs are compiled without most of LLVM's optimization, which takes longer than they run and is no part of what they
+mean or send. Processes that tests start (commands, servers, runs) compile as they do for users.
+"""
 
 import ast
 import os
@@ -8,6 +12,7 @@ import pytest
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 
+import jax
 from jaxtyping import _import_hook, install_import_hook
 
 
@@ -26,6 +31,7 @@ class Outermost(_import_hook.JaxtypingTransformer):
 
 _import_hook.JaxtypingTransformer = Outermost  # the hook takes no transformer
 install_import_hook("meshloom", "beartype.beartype")
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session", autouse=True)

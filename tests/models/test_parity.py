@@ -11,7 +11,6 @@ from flax import nnx
 import meshloom.models as models
 from meshloom.models.encoder_decoder import EncoderDecoder
 from meshloom.pallas_kernels import Ragged
-from tests.compilers import quickly
 from tests.models.golden_cases import GOLDEN, NAMES, Golden
 
 TOLERANCE = (
@@ -37,7 +36,7 @@ def stepwise_logits(module, tokens: np.ndarray, memory) -> np.ndarray:
     width = -(-length // PAGE)
     pages = np.random.default_rng(0).permutation(2 * width + 1)[: 2 * width].reshape(2, width).astype(np.int32)
 
-    @quickly
+    @jax.jit
     def step(state, rows, ragged, cache, memory):
         model = nnx.merge(graphdef, state)
         return model(rows, ragged, cache) if memory is None else model.decode(rows, memory, ragged, cache)

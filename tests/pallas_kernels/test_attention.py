@@ -18,7 +18,6 @@ from meshloom.pallas_kernels.attention.kernel import merge_partials, row_product
 from meshloom.pallas_kernels.attention.spec import AttentionSpec
 from meshloom.pallas_kernels.attention.visits import ACTIVE, FIRST, LAST, MASKED_IN_PART, Blocks
 from meshloom.pallas_kernels.dispatch import Target, explain
-from tests.compilers import quickly
 
 
 def named(name: str) -> AttentionCase:
@@ -33,7 +32,7 @@ def value_and_grads(case: AttentionCase, implementation: str, dtype=None):
         q, k, v = (x.astype(dtype) for x in (q, k, v))
     weight = jnp.asarray(np.random.default_rng(1).normal(size=(*q.shape[:3], v.shape[-1])), jnp.float32)
 
-    @quickly
+    @jax.jit
     def run(arrays):
         def scalar(arrays):
             q, k, v, bias, sinks = arrays
@@ -188,7 +187,7 @@ def test_random_shapes_agree(q_len, extra, window, group, causal):
     case = AttentionCase("random", **sizes, window=window, causal=causal)
     q, k, v, mask = case.arrays()
 
-    @quickly
+    @jax.jit
     def both(q, k, v):
         return [attention(q, k, v, mask=mask, implementation=name) for name in ("reference", "chunked")]
 

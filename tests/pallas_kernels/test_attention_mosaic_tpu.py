@@ -28,7 +28,7 @@ from meshloom.pallas_kernels.attention.kernel import Kernel, row_products
 from meshloom.pallas_kernels.attention.spec import AttentionSpec
 from meshloom.pallas_kernels.attention.spread import over_mesh
 from meshloom.pallas_kernels.dispatch import Target, explain
-from tests.compilers import needs_tpu, quickly
+from tests.compilers import needs_tpu
 
 CASES = [case for case in ATTENTION_CASES if not case.sinks or case.bias is not None]
 # One feature alone, which another case has beside others: interpreted under `make test-slow` only.
@@ -82,7 +82,7 @@ def program(kernel, case: AttentionCase):
     q, k, v, mask = case.arrays()
     bias, _ = case.extras()
 
-    @quickly
+    @jax.jit
     def forward(q, k, v, bias):
         return reference.forward(q, k, v, bias, mask, case.scoring, jnp.float32)
 
@@ -90,7 +90,7 @@ def program(kernel, case: AttentionCase):
     d_out = jnp.asarray(np.random.default_rng(3).normal(size=want.shape), case.dtype)
     delta = row_products(want, d_out)
 
-    @quickly
+    @jax.jit
     def run(q, k, v, bias, lse, delta, d_out):
         forth = kernel.forward(q, k, v, bias, mask, case.scoring, jnp.float32)
         back = kernel.backward(q, k, v, bias, mask, case.scoring, lse, delta, d_out, jnp.float32)

@@ -28,7 +28,7 @@ from meshloom.pallas_kernels.matmul.collective import (
     mosaic_tpu_scatter,
 )
 from meshloom.pallas_kernels.matmul.collective.spec import CollectiveSpec
-from tests.compilers import needs_tpu, quickly
+from tests.compilers import needs_tpu
 
 # What each function takes and gives on a mesh of `data` and `tensor`: x, w and the result.
 SPECS = {
@@ -57,7 +57,7 @@ def value_and_grads(product, x, w):
         y = product(x, w)
         return jnp.sum(weigh * y.astype(jnp.float32)), y
 
-    (_, y), grads = quickly(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(x, w)
+    (_, y), grads = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(x, w)
     return [np.asarray(each, np.float32) for each in (y, *grads)]
 
 

@@ -27,7 +27,7 @@ from meshloom.pallas_kernels.attention.spec import AttentionSpec
 from meshloom.pallas_kernels.dispatch import Target, explain
 from meshloom.sharding import derive
 from meshloom.sharding.constrain import constrained
-from tests.compilers import needs_tpu, quickly
+from tests.compilers import needs_tpu
 from tests.pallas_kernels.schedules import permutes
 
 AXES = {"fsdp": 2, "context": 2, "tensor": 2}
@@ -58,7 +58,7 @@ def value_and_grads(case: AttentionCase, axes: dict[str, int] | None, layout: st
     run = jax.grad(lambda arrays, mask: scalar((*arrays, mask)), has_aux=True)
     arrays = (q, k, v, bias, sinks)
     if axes is None:
-        grads, out = quickly(run)(arrays, mask)
+        grads, out = jax.jit(run)(arrays, mask)
         return [np.asarray(x) for x in jax.tree.leaves((out, grads))], None
     mesh = make_mesh(axes)
     kv = P("fsdp", "context", "tensor" if case.kv_heads > 1 else None)
@@ -68,7 +68,7 @@ def value_and_grads(case: AttentionCase, axes: dict[str, int] | None, layout: st
         for x, place in zip(arrays, places, strict=True)
     )
     with jax.set_mesh(mesh):
-        program = quickly(run).lower(arrays, mask).compile()
+        program = jax.jit(run).lower(arrays, mask).compile()
     grads, out = program(arrays, mask)
     return [np.asarray(x) for x in jax.tree.leaves((out, grads))], program
 

@@ -22,7 +22,7 @@ from meshloom.pallas_kernels.matmul.grouped.reference import REFERENCE
 from meshloom.pallas_kernels.matmul.grouped.schedule import visits
 from meshloom.pallas_kernels.matmul.grouped.spec import GroupedSpec, Kernel
 from meshloom.pallas_kernels.matmul.grouped.xla import LOOP, RAGGED
-from tests.compilers import needs_tpu, quickly
+from tests.compilers import needs_tpu
 
 TPU = Target("tpu", "TPU v5 lite")
 
@@ -52,7 +52,7 @@ def values_and_gradients(case: GroupedCase, kernel: Kernel, dtype=None) -> list[
     return [np.asarray(each, np.float32) for each in outs]
 
 
-@functools.partial(quickly, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def _run(static, x, w, sizes, weight):
     if isinstance(w, jax.Array):
         out, pull = jax.vjp(lambda x, w: apply(static, x, w, sizes), x, w)
@@ -158,17 +158,17 @@ def test_any_group_sizes(sizes, transposed):
 
 
 def _compiled(kernel: Kernel):
-    product = quickly(lambda *arrays, t: kernel.product(*arrays, t, TPU), static_argnames="t")
+    product = jax.jit(lambda *arrays, t: kernel.product(*arrays, t, TPU), static_argnames="t")
     return (
         lambda x, w, sizes, t: product(x, w, sizes, t=t),
-        quickly(lambda a, b, sizes: kernel.outer(a, b, sizes, jnp.float32, TPU)),
+        jax.jit(lambda a, b, sizes: kernel.outer(a, b, sizes, jnp.float32, TPU)),
     )
 
 
 PRODUCTS = {name: _compiled(kernel) for name, kernel in KERNELS.items()}
 
 
-planned = quickly(visits, static_argnums=(1, 2), static_argnames="groups_all")
+planned = jax.jit(visits, static_argnums=(1, 2), static_argnames="groups_all")
 
 
 @settings(max_examples=30, deadline=None)

@@ -21,7 +21,7 @@ from meshloom.pallas_kernels.cross_entropy import CROSS_ENTROPY, Split, _check, 
 from meshloom.pallas_kernels.cross_entropy.cases import CROSS_ENTROPY_CASES, CrossEntropyCase
 from meshloom.pallas_kernels.cross_entropy.spec import CrossEntropySpec
 from meshloom.pallas_kernels.dispatch import Target, explain
-from tests.compilers import needs_tpu, quickly
+from tests.compilers import needs_tpu
 
 # How the same call may lie on eight devices: with the vocabulary split, stored, both, over one axis of rows or several.
 SPLITS = {
@@ -58,7 +58,7 @@ def value_and_grads(case: CrossEntropyCase, implementation: str, dtype=None, spl
         )
         return jnp.sum(weigh[0] * nll + weigh[1] * lse), (nll, lse)
 
-    run = quickly(jax.value_and_grad(loss, argnums=tuple(range(len(arrays))), has_aux=True))
+    run = jax.jit(jax.value_and_grad(loss, argnums=tuple(range(len(arrays))), has_aux=True))
     (_, results), grads = run(*arrays)
     return [np.asarray(a, np.float32) for a in (*results, *grads)]
 
@@ -146,7 +146,7 @@ def compiled(implementation: str, split: Split | None, *, rows: int, model: int,
     def loss(x, weight, targets):
         return jnp.sum(linear_cross_entropy(x, weight, targets, split=split, implementation=implementation)[0])
 
-    run = quickly(jax.value_and_grad(loss, argnums=(0, 1)))
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
     mesh = {"data": 1} if split is None else dict(split.mesh.shape)
     return compile_and_report(run.lower(*arrays), mesh)[1]
 

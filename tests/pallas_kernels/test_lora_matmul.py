@@ -18,14 +18,14 @@ from meshloom.pallas_kernels import LoraPages, lora_matmul
 from meshloom.pallas_kernels.dispatch import Target, explain
 from meshloom.pallas_kernels.matmul.cases import LORA_CASES, LoraCase
 from meshloom.pallas_kernels.matmul.lora import LORA_MATMUL, LoraSpec, mosaic_tpu
-from tests.compilers import needs_tpu, quickly
+from tests.compilers import needs_tpu
 
 
 def named(name: str) -> LoraCase:
     return next(case for case in LORA_CASES if case.name == name)
 
 
-@functools.partial(quickly, static_argnames="implementation")
+@functools.partial(jax.jit, static_argnames="implementation")
 def run(x, a, b, lora, adapters, weight, implementation):
     """The product, and the gradients of a weighted sum of it by x and both kinds of pages, float32."""
 
@@ -47,7 +47,7 @@ def values_and_gradients(case: LoraCase, implementation: str, dtype=None) -> lis
     return [np.asarray(each) for each in run(x, a, b, lora, adapters, weight_of(case), implementation)]
 
 
-@quickly
+@jax.jit
 def naive(x, lora, adapters, weight):
     """The same in the dtype of x, row by row, with a copy of each row's own matrices."""
     count, most_rank = lora.table.shape

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshloom.pallas_kernels import KVPages, Mask, Ragged, attention, paged_attention
-from tests.compilers import quickly
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
 
@@ -18,7 +17,7 @@ HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
 @functools.cache
 def program(implementation, options):
     """One compiled function for all runs of the same options and shapes."""
-    return quickly(functools.partial(paged_attention, **dict(options), implementation=implementation))
+    return jax.jit(functools.partial(paged_attention, **dict(options), implementation=implementation))
 
 
 class PagedRun:

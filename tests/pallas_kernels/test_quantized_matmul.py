@@ -18,19 +18,18 @@ from meshloom.pallas_kernels.matmul.cases import QUANTIZED_CASES
 from meshloom.pallas_kernels.matmul.quantized import QUANTIZED_MATMUL, MatmulSpec
 from meshloom.pallas_kernels.matmul.quantized.spec import round_rows
 from meshloom.pallas_kernels.matmul.quantized.xla import LONGEST_SUM
-from tests.compilers import quickly
 
 # What rounding one factor to 8 or 16 bits may do to a product, relative to |x| |w|: half a step of the largest entry.
 HALF_STEP = {"int8": 0.5 / 127, "int16": 0.5 / 32639}
 quantize = jax.jit(pallas_kernels.quantize, static_argnums=1)
-product = quickly(quantized_matmul, static_argnames=("activations", "out_dtype", "implementation"))
+product = jax.jit(quantized_matmul, static_argnames=("activations", "out_dtype", "implementation"))
 
 
 def normal(*shape: int, seed: int = 0, dtype=jnp.float32) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
-@functools.partial(quickly, static_argnums=2)
+@functools.partial(jax.jit, static_argnums=2)
 def exact_got_and_naive(x, w, activations):
     """By the reference, by the default implementation, and as a plain product of the same numbers in x's dtype."""
     exact = quantized_matmul(x, w, activations=activations, out_dtype=jnp.float32, implementation="reference")
@@ -56,7 +55,7 @@ def test_gradients_of_rows_go_through_the_numbers_of_a_frozen_weight(name):
     case = next(case for case in QUANTIZED_CASES if case.name == name)
     x, w = case.arrays()
     dy = normal(case.rows, case.columns, seed=3)
-    pull = quickly(
+    pull = jax.jit(
         lambda x, w, dy: jax.vjp(
             lambda x: quantized_matmul(x, w, activations=case.activations, out_dtype=jnp.float32), x
         )[1](dy)
@@ -71,7 +70,7 @@ def test_adapters_train_on_a_frozen_int4_weight():
     w, x = quantize(normal(32, 64), "int4_32"), normal(16, 64, seed=1)
     target = x @ (w[...] + 0.3 * normal(32, 2, seed=2) @ normal(2, 64, seed=3)).T
 
-    @quickly
+    @jax.jit
     def step(lora):
         def loss(lora):
             hidden = quantized_matmul(jnp.tanh(x + x @ lora["in"]), w) + (x @ lora["a"]) @ lora["b"]
@@ -87,7 +86,7 @@ def test_adapters_train_on_a_frozen_int4_weight():
     assert last < 0.5 * first
 
 
-@functools.partial(quickly, static_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def of_floats(x, w, format, activations):
     return quantized_matmul(x, quantize(w, format), activations=activations)
 

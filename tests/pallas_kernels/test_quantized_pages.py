@@ -11,7 +11,6 @@ import pytest
 from meshloom.core.errors import MeshloomError
 from meshloom.pallas_kernels import KVPages, Ragged, paged_attention
 from meshloom.pallas_kernels.attention.paged_cases import PagedCase
-from tests.compilers import quickly
 
 SCALED = ("int8", "float8_e4m3fn", "int4")
 # The greatest rounding error of one element: half a step of the row's greatest element (int8, int4), or three bits of
@@ -75,7 +74,7 @@ def attended(element: str, implementation: str) -> np.ndarray:
     """One ragged step over a cache of `element`s, with every option."""
     case = PagedCase((17, 40), (5, 1), element=element, head_dim=64)
     options = {"window": 21, "soft_cap": 20.0, "sinks": jnp.linspace(-1, 1, 4), "implementation": implementation}
-    out, _ = quickly(functools.partial(paged_attention, **options))(*case.step())
+    out, _ = jax.jit(functools.partial(paged_attention, **options))(*case.step())
     return np.asarray(out)[:6]
 
 

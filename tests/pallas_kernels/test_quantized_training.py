@@ -14,7 +14,6 @@ from meshloom.core.errors import MeshloomError
 from meshloom.core.topology import make_mesh
 from meshloom.pallas_kernels import quantize, quantized_matmul, quantized_training_matmul
 from meshloom.pallas_kernels.matmul.quantized.training import transposed
-from tests.compilers import quickly
 
 FORMATS = ("int8", "fp8", "fp8_row", "fp8_block")
 
@@ -23,7 +22,7 @@ def normal(*shape: int, seed: int = 0, dtype=jnp.float32) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
-@functools.partial(quickly, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def values_and_gradients(product, x, w, dy):
     out, pull = jax.vjp(product, x, w)
     return out, *pull(dy.astype(out.dtype))
@@ -65,7 +64,7 @@ def test_no_operand_of_the_backward_products_becomes_float32_on_a_cpu():
 
     def backward(product):
         with jax.set_mesh(make_mesh({"data": 1}, jax.devices()[:1])):
-            pull = quickly(lambda x, w, dy: jax.vjp(product, x, w)[1](dy))
+            pull = jax.jit(lambda x, w, dy: jax.vjp(product, x, w)[1](dy))
             return widened.findall(pull.lower(x, w, dy).compile().as_text())
 
     assert not backward(quantized_training_matmul)
@@ -86,7 +85,7 @@ def test_chance_has_the_exact_product_as_its_mean_and_repeats_with_its_key():
     x, w = normal(2, 64), normal(8, 64, seed=1)
     x = quantize(x)[...]  # so that the rounding of rows adds nothing
 
-    @quickly
+    @jax.jit
     def draw(key):
         return quantized_training_matmul(x, w, rounding="stochastic", key=key)
 
@@ -106,7 +105,7 @@ def test_a_model_trains_nearly_as_well_as_in_float32(format, rounding):
         def loss(w, key):
             return jnp.mean((jnp.tanh(product(x, w, key)) - target) ** 2)
 
-        @quickly
+        @jax.jit
         def step(w, key):
             return w - 3.0 * jax.grad(loss)(w, key)
 

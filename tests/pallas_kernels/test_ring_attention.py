@@ -21,7 +21,6 @@ from meshloom.pallas_kernels.attention.context.layouts import critical_path, vis
 from meshloom.pallas_kernels.attention.context.ring import FORMS, Ring
 from meshloom.pallas_kernels.attention.kernel import Kernel, Scoring
 from meshloom.pallas_kernels.attention.table import attend
-from tests.compilers import quickly
 
 LENGTH = 32
 TOKENS, WHOLE = P(None, "context"), P()
@@ -74,7 +73,7 @@ def value_and_grads(run, arrays) -> list[np.ndarray]:
         out = run(*arrays).astype(jnp.float32)
         return jnp.sum(out * jnp.sin(jnp.arange(out.size).reshape(out.shape))), out
 
-    program = quickly(jax.grad(scalar, has_aux=True)).lower(arrays)
+    program = jax.jit(jax.grad(scalar, has_aux=True)).lower(arrays)
     program = program.compile()
     first, second = ([np.asarray(x, np.float32) for x in jax.tree.leaves(program(arrays)[::-1])] for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, second)
@@ -185,7 +184,7 @@ def test_random_shapes_agree(chunk, kv_chunk, devices, layout, form, window, cau
     lengths = (each * devices * 2 for each in (chunk, kv_chunk))
     case = AttentionCase("random", 2, *lengths, 2 * group, 2, 4, 4, causal, window, segments=2, lens=lens)
     arrays, mask = arrays_of(case)
-    run = quickly(spread(ring_attention, mask, devices, layout, form=form, implementation="reference"))
+    run = jax.jit(spread(ring_attention, mask, devices, layout, form=form, implementation="reference"))
     run = run.lower(*arrays).compile()
     want = attention(*arrays[:3], mask=mask, implementation="reference")
     np.testing.assert_allclose(run(*arrays), want, atol=2e-5)

@@ -15,7 +15,6 @@ from meshloom.pallas_kernels import paged_attention
 from meshloom.pallas_kernels.attention import PagePart, merged, merged_over, paged_attention_part
 from meshloom.pallas_kernels.attention.kernel import MASKED
 from meshloom.pallas_kernels.attention.paged_cases import PagedCase
-from tests.compilers import quickly
 
 CASE = PagedCase((17, 40, 6), (5, 1, 6))
 
@@ -58,7 +57,7 @@ def test_parts_merge_into_the_whole(implementation, element):
     (q, k, v, pages, ragged), held = split(case, owners(case, 3), 3)
     sinks = jnp.linspace(-1, 1, 4)
     options = {"window": 19, "soft_cap": 5.0, "distance_bias": jnp.linspace(0, 1, 4 * 9).reshape(4, 9)}
-    run = quickly(lambda *args: paged_attention_part(*args, **options, implementation=implementation)[:2])
+    run = jax.jit(lambda *args: paged_attention_part(*args, **options, implementation=implementation)[:2])
     whole, _ = paged_attention(q, k, v, pages, ragged, **options, sinks=sinks, implementation="reference")
     out, _ = merged([run(q, k, v, own, ragged, part) for own, part in held], sinks)
     np.testing.assert_allclose(out[:12], whole[:12], atol=2e-5)
@@ -67,8 +66,8 @@ def test_parts_merge_into_the_whole(implementation, element):
 @functools.cache
 def compiled(window: int | None):
     """One program for all parts, and the reference over all pages."""
-    part = quickly(functools.partial(paged_attention_part, window=window))
-    return part, quickly(functools.partial(paged_attention, window=window, implementation="reference"))
+    part = jax.jit(functools.partial(paged_attention_part, window=window))
+    return part, jax.jit(functools.partial(paged_attention, window=window, implementation="reference"))
 
 
 @settings(max_examples=6, deadline=None)

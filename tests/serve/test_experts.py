@@ -14,7 +14,6 @@ from meshloom.models.presets import PRESETS
 from meshloom.models.source import abstract_module
 from meshloom.serve.plan import lowered_steps, replica_axes, search
 from meshloom.sharding.workload import ServeWorkload
-from tests.compilers import QUICK
 
 CONFIG = DecoderConfig(
     vocab_size=64,
@@ -53,7 +52,7 @@ def test_a_step_sums_what_the_plan_says_and_gathers_no_expert(weights):
     mesh = make_mesh(axes, jax.devices()[:4])
     steps = lowered_steps(CONFIG, mesh, found, WORKLOAD)
     for name in ("decode", "prefill"):
-        _, report = compile_and_report(steps[name], axes, QUICK)
+        _, report = compile_and_report(steps[name], axes)
         predicted = found.predicted_bytes(name)
         # CPUs add up bfloat16 in float32.
         assert report.bytes_by_kind == {kind: 2 * amount for kind, amount in predicted.items()}
@@ -64,7 +63,7 @@ def test_no_expert_is_gathered_beside_split_heads():
     axes = {"expert": 2, "tensor": 2}
     found = planned(CONFIG, "v5e:2x2", WORKLOAD, axes, 4, "bfloat16")
     decode = lowered_steps(CONFIG, make_mesh(axes, jax.devices()[:4]), found, WORKLOAD)["decode"]
-    _, report = compile_and_report(decode, axes, QUICK)
+    _, report = compile_and_report(decode, axes)
     one_layer = 3 * CONFIG.moe.n_experts * CONFIG.moe.d_ff * CONFIG.d_model * 2
     assert report.bytes_by_kind["all_gather"] < one_layer / 10  # logits, for the sampler
     assert not any("expert" in each.axes for each in report.collectives if each.kind == "all_gather")

@@ -17,7 +17,6 @@ from meshloom.models.decoder import Decoder
 from meshloom.models.sequence import Packed
 from meshloom.sharding import derive
 from meshloom.sharding.constrain import constrained, plain
-from tests.compilers import quickly
 from tests.sharding import modules
 
 SIZES = {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "head_dim": 8, "d_ff": 64}
@@ -49,7 +48,7 @@ def compiled(forward, layout, parameters, batch):
     """Loss and gradient, compiled with weights and their gradient placed as the layout says."""
     rows = layout.batch_sharding(batch[0].shape[0])
     return (
-        quickly(
+        jax.jit(
             jax.value_and_grad(loss_of(forward)),
             in_shardings=(layout.shardings, rows, rows),
             out_shardings=(layout.replicated, layout.shardings),
@@ -120,7 +119,7 @@ def test_loss_and_gradient_are_those_of_one_device(config, axes):
     placed = layout.place(parameters), *jax.device_put(batch, layout.batch_sharding(BATCH))
     program = compiled(constrained(module, layout), layout, parameters, batch)
     loss, gradient = program(*placed)
-    wanted, wanted_gradient = quickly(jax.value_and_grad(loss_of(plain(module))))(parameters, *batch)
+    wanted, wanted_gradient = jax.jit(jax.value_and_grad(loss_of(plain(module))))(parameters, *batch)
     np.testing.assert_allclose(loss, wanted, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradient, wanted_gradient)
 
@@ -138,8 +137,8 @@ def test_experts_of_other_authors_learn_what_they_do_on_one_device(axes):
         return jax.value_and_grad(lambda parameters, x: jnp.mean(jnp.sin(forward(parameters, x))))
 
     placed = layout.shardings, layout.batch_sharding(8, 16)
-    spread = quickly(gradient_of(constrained(module, layout)), in_shardings=placed)(parameters, x)
-    wanted = quickly(gradient_of(plain(module)))(parameters, x)
+    spread = jax.jit(gradient_of(constrained(module, layout)), in_shardings=placed)(parameters, x)
+    wanted = jax.jit(gradient_of(plain(module)))(parameters, x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), spread, wanted)
 
 

@@ -22,7 +22,6 @@ from meshloom.sharding.constrain import constrained
 from meshloom.sharding.explain_flow import activations, explain_flow, parameter_flow
 from meshloom.sharding.flow import Flow, flow, strict
 from meshloom.sharding.trace import Program, trace
-from tests.compilers import QUICK
 from tests.sharding import modules
 from tests.sharding.hlo import bytes_by_kind
 
@@ -61,7 +60,7 @@ def compiled(make, example, *, in_scope: bool = False, **axes: int) -> jax.stage
     placed = layout.shardings, layout.batch_sharding(*example.shape[:2])
     with jax.set_mesh(layout.mesh) if in_scope else contextlib.nullcontext():
         forward = jax.jit(constrained(module, layout), in_shardings=placed).lower(nnx.state(module), example)
-    return forward.compile(QUICK)
+    return forward.compile()
 
 
 @pytest.mark.parametrize("axes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "tensor": 4}], ids=str)
@@ -114,7 +113,7 @@ def test_keys_of_an_encoder_and_a_decoder_with_biases_go_round_as_the_compiler_h
     said, rows = flow(trace(module, (TOKENS, TOKENS)), layout), layout.batch_sharding(*TOKENS.shape)
     with jax.set_mesh(mesh):
         forward = jax.jit(constrained(module, layout), in_shardings=(layout.shardings, rows, rows))
-        program = forward.lower(nnx.state(module), TOKENS, TOKENS).compile(QUICK)
+        program = forward.lower(nnx.state(module), TOKENS, TOKENS).compile()
     assert said.bytes_by_kind()["collective_permute"] == bytes_by_kind(program)["collective_permute"] > 0
     assert not said.silent
 

@@ -16,7 +16,6 @@ from jax.sharding import AxisType
 from meshloom.models.config import DecoderConfig, MoEConfig
 from meshloom.models.decoder import Decoder
 from meshloom.sharding import derive
-from tests.compilers import quickly
 
 SIZES = {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "head_dim": 8, "d_ff": 64}
 CONFIGS = {
@@ -73,12 +72,12 @@ def losses(name: str, axes: dict[str, int] | None) -> list[float]:
     tokens = jax.random.randint(jax.random.key(1), (BATCH, LENGTH), 0, SIZES["vocab_size"])
     step = functools.partial(train_step, graphdef)
     if axes is None:
-        step = quickly(step)
+        step = jax.jit(step)
     else:
         layout = derive(module, mesh_of(axes), tokens)
         held = (layout.shardings, layout.follow(optimizer))
         batch = layout.batch_sharding(BATCH)
-        step = quickly(step, in_shardings=(*held, batch), out_shardings=(*held, layout.replicated))
+        step = jax.jit(step, in_shardings=(*held, batch), out_shardings=(*held, layout.replicated))
         parameters, optimizer, tokens = layout.place(parameters), *jax.device_put((optimizer, tokens), (held[1], batch))
     history = []
     for _ in range(STEPS):

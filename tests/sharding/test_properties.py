@@ -17,7 +17,6 @@ from jax.sharding import AbstractMesh
 from meshloom.core.topology import AXES, make_mesh
 from meshloom.sharding import Layout, derive
 from meshloom.sharding.constrain import constrained, plain
-from tests.compilers import quickly
 from tests.sharding.modules import attend, norm
 
 BATCH, TOKENS = 8, 8
@@ -215,8 +214,8 @@ def test_loss_and_gradients_are_those_of_one_device(make, axes):
     def loss_of(forward):
         return lambda parameters, tokens: -jnp.mean(jax.nn.log_softmax(forward(parameters, tokens))[..., 0])
 
-    wanted, wanted_gradient = quickly(jax.value_and_grad(loss_of(plain(module))))(parameters, tokens)
-    spread = quickly(
+    wanted, wanted_gradient = jax.jit(jax.value_and_grad(loss_of(plain(module))))(parameters, tokens)
+    spread = jax.jit(
         jax.value_and_grad(loss_of(constrained(module, layout))),
         in_shardings=(layout.shardings, layout.batch_sharding(BATCH, TOKENS)),
         out_shardings=(layout.replicated, layout.shardings),

@@ -30,7 +30,6 @@ from meshloom.train.step import (
     make_step,
     place_batch,
 )
-from tests.compilers import QUICK
 
 MODEL = DecoderConfig(
     vocab_size=96, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=64, scan_layers=True
@@ -61,7 +60,7 @@ def run(axes: dict[str, int], *, accumulation: int = 1, dtype=jnp.float32, steps
     weights = fresh_weights(module, optimizer, layout, seed=0)
     batch = abstract_batch(layout, accumulation=accumulation, rows=ROWS, length=LENGTH)
     step = make_step(module, optimizer, schedule, dtype=dtype, layout=layout, loss=loss)
-    compiled = lower_step(step, abstract_weights(module, optimizer, layout), batch, layout).compile(QUICK)
+    compiled = lower_step(step, abstract_weights(module, optimizer, layout), batch, layout).compile()
     metrics = []
     for number in range(steps):
         placed = place_batch(packed_batch(number), layout, accumulation=accumulation)

@@ -22,12 +22,10 @@ from meshloom.models.source import abstract_module
 from meshloom.sharding.constrain import constrained, plain
 from meshloom.train import rounding, verify_program
 from meshloom.train.rounding import Expected, farthest_copy
-from meshloom.train.step import lower_step
 from meshloom.train.verify import Reference, compare, verify
 from meshloom.train.verify_program import Subject
 from meshloom.train.verify_report import Difference, MeshReport, Parting, VerifyReport
 from meshloom.verification import changes, proposed_meshes, shrunk, verify_model
-from tests.compilers import QUICK
 
 SIZES = {"vocab_size": 96, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "d_ff": 64}
 DENSE = DecoderConfig(**SIZES, scan_layers=True, init_scale=0.2)
@@ -37,16 +35,8 @@ def of_axes(axes: dict[str, int]) -> jax.sharding.Mesh:
     return make_mesh(axes, jax.devices()[: math.prod(axes.values())])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compile():
-    """Half the compile time, which is nearly all of these tests; the partitioner, which they are about, stays."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify_program, "compile_step", lambda *step: lower_step(*step).compile(QUICK))
-        yield
-
-
 @pytest.fixture(scope="module")
-def dense(quick_compile) -> Reference:
+def dense() -> Reference:
     return Reference.measure(Subject.of(abstract_module(DENSE, jnp.float32), rows=8, length=16, seed=0))
 
 

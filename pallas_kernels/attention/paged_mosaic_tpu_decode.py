@@ -33,7 +33,7 @@ def decode(walk: Walk, i: Any, slot: Any) -> Any:
     queries = [_Queries.of(q, sizes, code) for q in jnp.split(fast.q[i % 2, 0], sizes.parts)]
     heads, block = sizes.part_heads, sizes.block
     at_once = sizes.decode_tokens
-    step_rows = at_once * sizes.kv_heads
+    step_rows, piece_rows = at_once * sizes.kv_heads, sizes.piece_tokens * sizes.kv_heads
 
     def nothing(part):
         """Greatest score; sums of weights, of weighted values, and of the weights that coded values were given."""
@@ -46,35 +46,48 @@ def decode(walk: Walk, i: Any, slot: Any) -> Any:
         return top, (jax.lax.broadcasted_iota(jnp.int32, (heads, LANES), 1) == 0).astype(jnp.float32), *sums
 
     def some(j, slot, s, carry):
-        start = pl.multiple_of(s * step_rows, step_rows)
-        k, *v = (keys_of(x, slot, start, step_rows, sizes) for x in fast.rows)
-        distance = item[POSITION, i] - j * block - s * at_once - read.token_of[...]
-        allowed = distance >= 0 if sizes.window is None else (distance >= 0) & (distance < sizes.window)
+        """Part s of block j, in pieces: the next is multiplied before one is weighed, or the matrix unit waits."""
 
-        # Of all parts before any is weighed, or the matrix unit waits.
-        raw = [_products(part, keys, dtype) for part, keys in zip(queries, k, strict=True)]
+        def first_row(n):
+            return pl.multiple_of(s * step_rows + n * piece_rows, piece_rows)
 
-        def of_part(part, carry):
-            top, norm, acc, weights = carry
-            products = raw[part]
-            if sizes.scaled:
-                products = products * scales_of(part, fast.scales[0], slot, start, step_rows, sizes)
-            scores, factor = scaled(products, sizes, queries[part].unit)
-            scores = jnp.where(allowed, scores + read.head_bias[...], MASKED)
-            new_top = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
-            p = jnp.exp2((scores - new_top) * factor)
-            keep = jnp.exp2((top - new_top) * factor)
-            norm = norm * keep + lane_sums(p)
-            if sizes.scaled:
-                p = p * scales_of(part, fast.scales[1], slot, start, step_rows, sizes)
-            p = p.astype(dtype)
-            values = _factor((v[0] if v else k)[part], dtype)
-            acc = acc * keep + jnp.dot(p, values, preferred_element_type=jnp.float32)
-            if code:
-                weights = weights * keep + lane_sums(p.astype(jnp.float32))
-            return new_top, norm, acc, weights
+        def multiplied(n):
+            """Queries of each part by its keys of piece n, and the values of each part."""
+            k, *v = (keys_of(x, slot, first_row(n), piece_rows, sizes) for x in fast.rows)
+            return [_products(part, keys, dtype) for part, keys in zip(queries, k, strict=True)], v[0] if v else k
 
-        return [of_part(part, each) for part, each in enumerate(carry)]
+        def weighed(n, raw, values, carry):
+            columns = pl.ds(n * piece_rows // sizes.parts, piece_rows // sizes.parts)
+            distance = item[POSITION, i] - j * block - s * at_once - read.token_of[:, columns]
+            allowed = distance >= 0 if sizes.window is None else (distance >= 0) & (distance < sizes.window)
+
+            def of_part(part, carry):
+                top, norm, acc, weights = carry
+                products = raw[part]
+                if sizes.scaled:
+                    products = products * scales_of(part, fast.scales[0], slot, first_row(n), piece_rows, sizes)
+                scores, factor = scaled(products, sizes, queries[part].unit)
+                scores = jnp.where(allowed, scores + read.head_bias[:, columns], MASKED)
+                new_top = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
+                p = jnp.exp2((scores - new_top) * factor)
+                keep = jnp.exp2((top - new_top) * factor)
+                norm = norm * keep + lane_sums(p)
+                if sizes.scaled:
+                    p = p * scales_of(part, fast.scales[1], slot, first_row(n), piece_rows, sizes)
+                p = p.astype(dtype)
+                acc = acc * keep + jnp.dot(p, _factor(values[part], dtype), preferred_element_type=jnp.float32)
+                if code:
+                    weights = weights * keep + lane_sums(p.astype(jnp.float32))
+                return new_top, norm, acc, weights
+
+            return [of_part(part, each) for part, each in enumerate(carry)]
+
+        pieces = step_rows // piece_rows
+        ahead = multiplied(0)
+        for n in range(pieces):
+            now, ahead = ahead, multiplied(n + 1) if n + 1 < pieces else ahead
+            carry = weighed(n, *now, carry)
+        return carry
 
     def visit(j, slot, carry):
         if at_once == block:

@@ -283,8 +283,10 @@ class Walk:
 
         Of the last page alone: those behind it are zeros from the start, or what was silenced before.
         """
-        sizes, v_buf, token_of = self.sizes, self.fast.rows[-1], self.read.token_of
+        sizes, v_buf = self.sizes, self.fast.rows[-1]
         length = self.item[LENGTH, i] - j * sizes.block
+        column = jax.lax.broadcasted_iota(jnp.int32, (1, sizes.page_rows), 1)
+        key = column if sizes.parts == 1 else column // (sizes.parts * LANES) * LANES + column % LANES
 
         @pl.when(length < sizes.block)
         def _():
@@ -295,20 +297,18 @@ class Walk:
                 rows = jax.lax.broadcasted_iota(jnp.int32, values.shape, 0) + at
                 wide = values.astype(jnp.int32 if values.dtype == jnp.uint8 else jnp.float32)
                 v_buf[slot, where] = jnp.where(rows < length * sizes.kv_heads, wide, 0).astype(v_buf.dtype)
-            at_once = token_of.shape[1]
-            width = at_once if sizes.parts == 1 else LANES
+            page = jax.lax.div(length - 1, sizes.page_size)
+            keys = (length - page * sizes.page_size) * sizes.part_kv_heads  # of a part
             for buffer in self.fast.scales[1:]:
-                for at in range(0, sizes.block_rows, width):
-                    steps, key = divmod(at // (sizes.parts * width) * width, at_once)  # among those of the part
-                    kept = token_of[:, key : key + width] < length - steps * sizes.decode_tokens
-                    columns = slice(at, at + width)
-                    buffer[slot, :, columns] = jnp.where(kept, buffer[slot, :, columns], 0.0)
+                columns = pl.ds(pl.multiple_of(page * sizes.page_rows, LANES), sizes.page_rows)
+                buffer[slot, :, columns] = jnp.where(key < keys, buffer[slot, :, columns], 0.0)
 
     def _clear(self) -> None:
         """No weight of zero meets what memory held before."""
         sizes, v_buf = self.sizes, self.fast.rows[-1]
-        if sizes.of_integers:
-            return
-        for at in range(0, sizes.block_rows, sizes.whole_rows):
-            for slot in range(2):
-                v_buf[slot, at : at + sizes.whole_rows] = jnp.zeros((sizes.whole_rows, sizes.width), v_buf.dtype)
+        for slot in range(2):
+            for buffer in self.fast.scales[1:]:
+                buffer[slot] = jnp.zeros((1, sizes.block_rows), jnp.float32)
+            if not sizes.of_integers:
+                for at in range(0, sizes.block_rows, sizes.whole_rows):
+                    v_buf[slot, at : at + sizes.whole_rows] = jnp.zeros((sizes.whole_rows, sizes.width), v_buf.dtype)

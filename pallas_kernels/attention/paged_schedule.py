@@ -30,6 +30,7 @@ _BLOCK_BYTES = 2 * 2**20
 _BLOCK_TOKENS = 512
 # Rows of a block that a decode row multiplies at a time: short sequences fill no block.
 _DECODE_ROWS = 2048
+_PIECE_ROWS = 2048  # of those, that are weighed at a time; 4,096 find too few registers on v6e, 1,024 wait
 _PAGES_AT_ONCE = 16  # copies of so many pages start without a loop around each
 
 
@@ -159,9 +160,19 @@ class Sizes:
     @property
     def decode_tokens(self) -> int:
         """Tokens of a block that a decode row multiplies at a time: all, or a part of whole vectors of lanes."""
-        pieces = [n for n in range(1, self.block // LANES + 1) if self.block % (n * LANES) == 0]
-        rows = self.block_rows // self.parts
-        return next((self.block // n for n in pieces if rows // n <= self.decode_rows), self.block // pieces[-1])
+        return self._divided(self.block, self.decode_rows)
+
+    @property
+    def piece_tokens(self) -> int:
+        """Those of them that it weighs at a time."""
+        return self._divided(self.decode_tokens, _PIECE_ROWS)
+
+    def _divided(self, tokens: int, most: int) -> int:
+        """The most of `tokens` by which they divide, in whole vectors of lanes, that have at most so many rows; else
+        the least.
+        """
+        parts = [n for n in range(1, tokens // LANES + 1) if tokens % (n * LANES) == 0]
+        return tokens // next((n for n in parts if tokens // n * self.part_kv_heads <= most), parts[-1])
 
     @property
     def widths(self) -> list[int]:

@@ -36,7 +36,8 @@ MIXED = PagedCase((5, 40, 256, 70), (1, 40, 1, 9), page_size=64, unwritten=float
 def small_tiles(monkeypatch):
     """Blocks of 256 keys and strips of 16 tokens, so that small cases have several of each.
 
-    Tiles are of one strip, which is a third less to compile, but where a test asks for `tiles_of_two`.
+    Tiles are of one strip and decode rows weigh all that they multiply at a time, which is a third less to compile, but
+    where a test asks for `two_of_each`.
     """
     monkeypatch.setattr(paged_schedule, "_BLOCK_TOKENS", 256)
     monkeypatch.setattr(paged_schedule, "_DECODE_ROWS", 256)
@@ -45,8 +46,11 @@ def small_tiles(monkeypatch):
 
 
 @pytest.fixture
-def tiles_of_two(small_tiles, monkeypatch):
+def two_of_each(small_tiles, monkeypatch):
+    """Strips of a tile, and pieces of what a decode row multiplies at a time."""
     monkeypatch.setattr(paged_schedule, "_STRIPS", 2)
+    monkeypatch.setattr(paged_schedule, "_DECODE_ROWS", 512)
+    monkeypatch.setattr(paged_schedule, "_PIECE_ROWS", 128)
 
 
 @pytest.fixture
@@ -68,7 +72,7 @@ def assert_right(case: PagedCase, tolerance: float = 2e-5, sinks: bool = False, 
     assert np.all(got[rows:] == 0)
 
 
-@pytest.mark.usefixtures("tiles_of_two")
+@pytest.mark.usefixtures("two_of_each")
 @pytest.mark.parametrize(
     ("case", "options"),
     [
@@ -85,7 +89,7 @@ def test_no_race_no_unwritten_memory_and_nothing_out_of_bounds(case, options):
         assert_right(case, **options)
 
 
-@pytest.mark.usefixtures("interpreted", "tiles_of_two")
+@pytest.mark.usefixtures("interpreted", "two_of_each")
 def test_rows_that_are_not_their_own_reach_no_later_ones():
     # The strip of the second sequence ends in rows of the third and in keys that are NaN; the fourth takes its place.
     assert_right(dataclasses.replace(MIXED, lengths=(5, 40, 256, 70), counts=(1, 40, 1, 15)))
@@ -134,15 +138,17 @@ def compiled_kernel():
     return (
         jax.jit(lambda q, pages, ragged: paged_attention_mosaic_tpu(q, pages, ragged, scoring, None)),
         jax.jit(lambda q, pages, ragged: paged_attention_reference(q, pages, ragged, scoring, None)),
+        jax.jit(KVPages.write),
     )
 
 
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(("element", "page_size"), [("float32", 64), ("int4", 128)])
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_lengths(data):
-    """One program for all mixes of decode, prefill and padding sequences over up to 192 keys."""
-    run, exact = compiled_kernel()
+def test_any_lengths(element, page_size, data):
+    """One program for all mixes of decode, prefill and padding sequences over up to 192 keys; twice the same bits."""
+    run, exact, write = compiled_kernel()
     rng = np.random.default_rng(data.draw(st.integers(0, 9)))
     lengths = data.draw(
         st.lists(st.sampled_from([1, 63, 64, 65, 127, 128, 129, 192]) | st.integers(1, 192), max_size=4)
@@ -152,9 +158,11 @@ def test_any_lengths(data):
     kv_lens[: len(lengths)], cu[: len(lengths) + 1] = lengths, np.cumsum([0, *counts])
     table = rng.permutation(16)[:12].reshape(4, 3).astype(np.int32)
     ragged = Ragged(*map(jnp.asarray, (kv_lens, table, cu, np.int32(len(lengths)))))
-    shapes = (80, 4, 16), (16, 1, 128, 16), (16, 1, 128, 16)
+    shapes = (80, 4, 16), (16 * page_size, 2, 16), (16 * page_size, 2, 16)
     q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
-    pages = KVPages(jnp.concatenate([k, v], 3), None, 64, 16)
+    ends = np.array([0, len(k)], np.int32)
+    every_page = Ragged(*map(jnp.asarray, (ends[1:], np.arange(16, dtype=np.int32)[None], ends, np.int32(1))))
+    pages = write(KVPages.zeros(16, page_size, 2, 16, element, lanes=32), k, v, every_page)
     got = np.asarray(run(q, pages, ragged))
     np.testing.assert_allclose(got[: cu[-1]], np.asarray(exact(q, pages, ragged))[: cu[-1]], atol=2e-5)
     assert np.all(got[cu[-1] :] == 0)

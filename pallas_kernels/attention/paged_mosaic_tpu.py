@@ -118,7 +118,7 @@ def _operands(
         table=jnp.pad(ragged.page_table, ((0, 0), (0, -ragged.capacity % LANES)))[:, None],
         q=_by_part(jnp.pad(q, ((0, sizes.tile), (0, 0), (0, sizes.width - q.shape[2]))), sizes),
         rows=[of_one_device(x) for x in ([pages.k] if sizes.joined else [pages.k, pages.v])],
-        scales=[of_one_device(x) for x in ([pages.k_scale, pages.v_scale] if sizes.scaled else [])],
+        scales=of_one_device(pages.scales) if sizes.scaled else None,
         head_bias=jnp.where(same_head, 0.0, MASKED),
         token_of=(column // sizes.part_kv_heads)[None],
         row_less_lane=row_token[:, None] - jnp.arange(LANES, dtype=jnp.int32),

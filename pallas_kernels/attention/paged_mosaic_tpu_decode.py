@@ -65,7 +65,7 @@ def decode(walk: Walk, i: Any, slot: Any) -> Any:
                 top, norm, acc, weights = carry
                 products = raw[part]
                 if sizes.scaled:
-                    products = products * scales_of(part, fast.scales[0], slot, first_row(n), piece_rows, sizes)
+                    products = products * scales_of(part, False, fast.scales, slot, first_row(n), piece_rows, sizes)
                 scores, factor = scaled(products, sizes, queries[part].unit)
                 scores = jnp.where(allowed, scores + read.head_bias[:, columns], MASKED)
                 new_top = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
@@ -73,7 +73,7 @@ def decode(walk: Walk, i: Any, slot: Any) -> Any:
                 keep = jnp.exp2((top - new_top) * factor)
                 norm = norm * keep + lane_sums(p)
                 if sizes.scaled:
-                    p = p * scales_of(part, fast.scales[1], slot, first_row(n), piece_rows, sizes)
+                    p = p * scales_of(part, True, fast.scales, slot, first_row(n), piece_rows, sizes)
                 p = p.astype(dtype)
                 acc = acc * keep + jnp.dot(p, _factor(values[part], dtype), preferred_element_type=jnp.float32)
                 if code:

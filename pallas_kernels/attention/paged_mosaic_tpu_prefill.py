@@ -19,6 +19,7 @@ from meshloom.pallas_kernels.attention.paged_mosaic_tpu_walk import (
     lane_sums,
     products,
     scaled,
+    scales_of,
 )
 from meshloom.pallas_kernels.attention.paged_rows import HeadRows
 from meshloom.pallas_kernels.attention.paged_schedule import LANES, POSITION, USED
@@ -122,16 +123,18 @@ class _Tile:
 
     def _spread_heads(self, slot: Any) -> None:
         """The block in a form of which rows of one head can be loaded, dequantized."""
-        sizes, scales, code = self.sizes, self.fast.scales, coding(self.sizes)
+        sizes, code = self.sizes, coding(self.sizes)
         by_head = [self._keys_by_head(part) for part in range(sizes.parts)]
         for number, buffer in enumerate(self.fast.rows):
             for start in range(0, sizes.block_rows, sizes.parts * LANES):
                 for part, rows in enumerate(keys_of(buffer, slot, start, sizes.parts * LANES, sizes)):
-                    if scales:
-                        at = start + part * LANES
+                    if sizes.scaled:
                         columns = [
-                            jnp.broadcast_to(scale[slot, :, at : at + LANES], (8, LANES)).T[:, :1]
-                            for scale in (scales if sizes.joined else [scales[number]])
+                            jnp.broadcast_to(
+                                scales_of(part, values, self.fast.scales, slot, start, sizes.parts * LANES, sizes),
+                                (8, LANES),
+                            ).T[:, :1]
+                            for values in ((False, True) if sizes.joined else (number == 1,))
                         ]
                         if sizes.joined:
                             lane = jax.lax.broadcasted_iota(jnp.int32, rows.shape, 1)

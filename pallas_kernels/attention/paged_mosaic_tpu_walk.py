@@ -35,7 +35,7 @@ class Operands(NamedTuple):
 
     Attributes:
         table: int32 [S, 1, W]. q: [T + t, N, H]. rows: of keys and of values, or joined, [P, page * K, H].
-        scales: of keys and values, float32 [P8, 1, page * K], or none.
+        scales: of keys and values, float32 [P8, 1, 2 * page * K], or None.
         head_bias: float32 [N, C] of a part, zero where a row of the block is of the query's kv head. token_of: int32
             [1, C], of its rows.
         row_less_lane: int32 [R, 128], the token of a row less the number of a lane.
@@ -45,7 +45,7 @@ class Operands(NamedTuple):
     table: Any
     q: Any
     rows: list[Any]
-    scales: list[Any]
+    scales: Any
     head_bias: Any
     token_of: Any
     row_less_lane: Any
@@ -57,9 +57,8 @@ class Operands(NamedTuple):
         """Where each lies: those of a call's length in HBM, of which parts are copied, the others in fast memory."""
         in_hbm, fast = pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pltpu.VMEM)
         spaces = jax.tree.map(lambda _: fast, self)
-        return spaces._replace(
-            table=in_hbm, q=in_hbm, rows=[in_hbm] * len(self.rows), scales=[in_hbm] * len(self.scales)
-        )
+        scales = None if self.scales is None else in_hbm
+        return spaces._replace(table=in_hbm, q=in_hbm, rows=[in_hbm] * len(self.rows), scales=scales)
 
 
 class Scratch(NamedTuple):
@@ -72,7 +71,7 @@ class Scratch(NamedTuple):
     """
 
     rows: list[Any]
-    scales: list[Any]
+    scales: Any
     q: Any
     out: Any
     q_rows: Any
@@ -94,7 +93,7 @@ class Scratch(NamedTuple):
         row_sums = pltpu.VMEM((sizes.kv_heads, tall, LANES), jnp.float32)
         return cls(
             rows=[pltpu.VMEM((2, sizes.block_rows // sizes.parts, sizes.width), stored)] * arrays,
-            scales=[pltpu.VMEM((2, 1, sizes.block_rows), jnp.float32)] * (2 * sizes.scaled),
+            scales=pltpu.VMEM((2, 1, 2 * sizes.block_rows), jnp.float32) if sizes.scaled else None,
             q=pltpu.VMEM((2, sizes.tile, sizes.heads, sizes.width), dtype),
             out=pltpu.VMEM((sizes.tile, sizes.heads, sizes.width), dtype),
             q_rows=pltpu.VMEM((sizes.kv_heads, tall, sizes.width), dtype),
@@ -170,12 +169,24 @@ def keys_of(buffer: Any, slot: Any, start: Any, count: int, sizes: Sizes) -> lis
     return [pltpu.bitcast(rows, jnp.float8_e4m3fn) if sizes.element == "float8_e4m3fn" else rows]
 
 
-def scales_of(part: int, buffer: Any, slot: Any, start: Any, count: int, sizes: Sizes) -> Any:
-    """[1, count / parts], of the keys that `keys_of` gives: `KVPages` keeps those of a part in runs of 128."""
-    if sizes.parts == 1:
-        return buffer[slot, :, pl.ds(start, count)]
-    firsts = [start + at + part * LANES for at in range(0, count, sizes.parts * LANES)]
-    return jnp.concatenate([buffer[slot, :, pl.ds(first, LANES)] for first in firsts], axis=1)
+def scales_of(part: int, values: bool, buffer: Any, slot: Any, start: Any, count: int, sizes: Sizes) -> Any:
+    """[1, count / parts], of the keys that `keys_of` gives, or of their values.
+
+    `KVPages` keeps those of a page's keys before those of its values, and those of a part in runs of 128.
+    """
+    page = sizes.page_rows
+    run = LANES if sizes.parts > 1 else math.gcd(count, page)
+
+    def first(at):
+        """Where the run of keys is that begins `at` after `start`, a multiple of `count`."""
+        if isinstance(start, int):
+            whole = (start + at) // page * page
+        else:  # no division where a piece has whole pages
+            whole = jax.lax.div(start + at, page) * page if count % page else start + at // page * page
+        return pl.multiple_of(start + at + whole + values * page + part * LANES, LANES)
+
+    runs = [buffer[slot, :, pl.ds(first(at), run)] for at in range(0, count, sizes.parts * run)]
+    return jnp.concatenate(runs, axis=1)
 
 
 def products(q: Any, k: Any) -> Any:
@@ -194,7 +205,8 @@ class Walk:
         self.sizes, self.item, self.total, self.read, self.out, self.fast = sizes, item, total, read, out, fast
         self.dtype = fast.q.dtype
         copies = [(source, buffer, 0) for source, buffer in zip(read.rows, fast.rows, strict=True)]
-        copies += [(source, buffer, 1) for source, buffer in zip(read.scales, fast.scales, strict=True)]
+        if sizes.scaled:
+            copies.append((read.scales, fast.scales, 1))
         self.table = TableRows(sizes, item, read.table, fast.table, fast.table_sems)
         self.blocks = BlockCopies(sizes, item, self.table, copies, fast.page_sems)
 
@@ -297,18 +309,19 @@ class Walk:
                 rows = jax.lax.broadcasted_iota(jnp.int32, values.shape, 0) + at
                 wide = values.astype(jnp.int32 if values.dtype == jnp.uint8 else jnp.float32)
                 v_buf[slot, where] = jnp.where(rows < length * sizes.kv_heads, wide, 0).astype(v_buf.dtype)
-            page = jax.lax.div(length - 1, sizes.page_size)
-            keys = (length - page * sizes.page_size) * sizes.part_kv_heads  # of a part
-            for buffer in self.fast.scales[1:]:
-                columns = pl.ds(pl.multiple_of(page * sizes.page_rows, LANES), sizes.page_rows)
-                buffer[slot, :, columns] = jnp.where(key < keys, buffer[slot, :, columns], 0.0)
+            if sizes.scaled:
+                page = jax.lax.div(length - 1, sizes.page_size)
+                keys = (length - page * sizes.page_size) * sizes.part_kv_heads  # of a part
+                columns = pl.ds(pl.multiple_of((2 * page + 1) * sizes.page_rows, LANES), sizes.page_rows)
+                scales = self.fast.scales[slot, :, columns]
+                self.fast.scales[slot, :, columns] = jnp.where(key < keys, scales, 0.0)
 
     def _clear(self) -> None:
         """No weight of zero meets what memory held before."""
         sizes, v_buf = self.sizes, self.fast.rows[-1]
         for slot in range(2):
-            for buffer in self.fast.scales[1:]:
-                buffer[slot] = jnp.zeros((1, sizes.block_rows), jnp.float32)
+            if sizes.scaled:
+                self.fast.scales[slot] = jnp.zeros((1, 2 * sizes.block_rows), jnp.float32)
             if not sizes.of_integers:
                 for at in range(0, sizes.block_rows, sizes.whole_rows):
                     v_buf[slot, at : at + sizes.whole_rows] = jnp.zeros((sizes.whole_rows, sizes.width), v_buf.dtype)

@@ -81,7 +81,7 @@ class Ragged:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["k", "v", "k_scale", "v_scale"],
+    data_fields=["k", "v", "scales"],
     meta_fields=["page_size", "head_dim", "element"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -93,11 +93,12 @@ class KVPages:
             uint8; int4 more eight two to a uint8, kv heads 2i and 2i + 1 in the low and high half of [i]. Where heads
             are joined, k has [key, value] in each row and v is None.
         page_size: tokens in one page. head_dim: elements of a key, H of the columns.
-        k_scale, v_scale: what the stored elements are multiplied by, one per token and kv head, in one row per page and
-            shard; None for float32 and bfloat16. A row of its own per page, because a TPU moves whole (8, 128) tiles
-            and [P, page * K] would put eight pages into one. Pages, P8, are rounded up to whole tiles, since XLA
-            writes to all rows of all pages as to tiles. Of int4 each 256 (or all, of a page that holds no multiple of
-            them) are those of the even kv heads, then those of the odd ones, as halves of bytes are told apart.
+        scales: what the stored elements are multiplied by, one per token and kv head, in one row per page and shard,
+            those of keys and then those of values; None for float32 and bfloat16. A row of its own per page, because a
+            TPU moves whole (8, 128) tiles and [P, page * K] would put eight pages into one. Pages, P8, are rounded up
+            to whole tiles, since XLA writes to all rows of all pages as to tiles. Of int4 each 256 of either (or all,
+            of a page that holds no multiple of them) are those of the even kv heads, then those of the odd ones, as
+            halves of bytes are told apart.
         element: name of the element type: "float32", "bfloat16", "int8", "float8_e4m3fn" or "int4".
     """
 
@@ -105,8 +106,7 @@ class KVPages:
     v: Num[Array, "*L P shards page_Kp columns"] | Leaf | None
     page_size: int
     head_dim: int
-    k_scale: Float[Array, "*L P8 shards 1 page_K"] | Leaf | None = None
-    v_scale: Float[Array, "*L P8 shards 1 page_K"] | Leaf | None = None
+    scales: Float[Array, "*L P8 shards 1 two_page_K"] | Leaf | None = None
     element: str = "float32"
 
     @classmethod
@@ -135,13 +135,10 @@ class KVPages:
         joined = 2 * head_dim <= lanes
         columns = -(-(2 * head_dim if joined else head_dim) // lanes) * lanes
         shape = (num_pages, shards, page_size * (each // 2 if name == "int4" else each), columns)
-        scales = (-(-num_pages // _PAGES) * _PAGES, shards, 1, page_size * each)
-
-        def scale():
-            return jnp.zeros(scales, jnp.float32) if name in _SPAN else None
-
+        of_page = (-(-num_pages // _PAGES) * _PAGES, shards, 1, 2 * page_size * each)
+        scales = jnp.zeros(of_page, jnp.float32) if name in _SPAN else None
         v = None if joined else jnp.zeros(shape, stored)
-        return cls(jnp.zeros(shape, stored), v, page_size, head_dim, scale(), scale(), name)
+        return cls(jnp.zeros(shape, stored), v, page_size, head_dim, scales, name)
 
     @property
     def joined(self) -> bool:
@@ -200,29 +197,27 @@ class KVPages:
         if self.element in _PLAIN:
             return dataclasses.replace(self, **stored_rows(*(x.astype(self.k.dtype) for x in (k, v))))
 
-        def put_scales(scales, values):
+        def put_scales(scales, *values):
             """One by one, by rows of a TPU's lanes: by other rows it would copy them to another tiling and back."""
             shards, columns = scales.shape[1], scales.shape[3]
-            each, lanes = columns // self.page_size, 128 if columns % 128 == 0 else columns
+            keys = columns // 2  # of a page
+            each, lanes = keys // self.page_size, TPU_LANES if columns % TPU_LANES == 0 else columns
             key = offset[:, None] * each + jnp.arange(each)
             if self.element == "int4":
-                run = _run(columns)
+                run = _run(keys)
                 key = key // run * run + key % 2 * (run // 2) + key % run // 2
-            row, lane = jnp.divmod(key, lanes)
+            row, lane = jnp.divmod(jnp.concatenate([key, keys + key], axis=1), lanes)
             where = page_in(scales)[:, None] * (columns // lanes) + row, lane
 
             def put_shard(scales, values):
                 return scales.reshape(-1, lanes).at[where].set(values, mode="drop").reshape(scales.shape)
 
-            return jax.vmap(put_shard, 1, 1)(scales, values.reshape(rows, shards, each))
+            both = jnp.concatenate([each.reshape(rows, shards, -1) for each in values], axis=2)
+            return jax.vmap(put_shard, 1, 1)(scales, both)
 
         (k, k_scale), (v, v_scale) = _quantized(k, self.element), _quantized(v, self.element)
-        return dataclasses.replace(
-            self,
-            **stored_rows(k, v),
-            k_scale=put_scales(self.k_scale, k_scale),
-            v_scale=put_scales(self.v_scale, v_scale),
-        )
+        scales = put_scales(self.scales, k_scale, v_scale)
+        return dataclasses.replace(self, **stored_rows(k, v), scales=scales)
 
     def gather(self, ids: Int[Array, "X m"]) -> "KVBlock":
         """The keys and values of `m` pages for each of X sequences."""
@@ -241,10 +236,7 @@ class KVPages:
                     return jax.lax.bitcast_convert_type(found, jnp.float8_e4m3fn)
             return found
 
-        def scale(scales):
-            if scales is None:
-                return None
-            found = scales[ids]
+        def scale(found):
             if self.element == "int4":
                 run = _run(found.shape[-1])
                 found = found.reshape(*found.shape[:3], -1, 2, run // 2).swapaxes(-1, -2)
@@ -253,7 +245,9 @@ class KVPages:
         k = elements(self.k)
         v = k[..., self.head_dim :] if self.joined else elements(self.v)
         keys, values = (x[..., : self.head_dim] for x in (k, v))
-        return KVBlock(keys, values, scale(self.k_scale), scale(self.v_scale))
+        if self.scales is None:
+            return KVBlock(keys, values, None, None)
+        return KVBlock(keys, values, *map(scale, jnp.split(self.scales[ids], 2, axis=-1)))
 
 
 @dataclasses.dataclass(frozen=True)

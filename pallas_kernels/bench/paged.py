@@ -154,7 +154,7 @@ def our_cycles(regions: list[Region], sizes: Sizes, step: Step) -> float:
     beside = [region for region in walk if not region.matmuls]
     starts = max(beside, key=lambda region: region.copies)
     beside.remove(starts)
-    groups = sizes.per_block * (4 if sizes.scaled else 2) / starts.copies
+    groups = sizes.per_block * (2 + sizes.scaled) / starts.copies
     block = sum(region.bundles for region in beside if region.depth == 2) + groups * starts.bundles
     tail_pages = -(-step.length // step.page) % sizes.per_block
     tail = tail_pages * sum(region.bundles for region in beside if region.depth > 2)

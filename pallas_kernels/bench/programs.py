@@ -252,7 +252,7 @@ def _paged(steps: list[paged.Step]) -> Program:
     tokens, rows, decode = own.values()
     if steps[0].rows == 1:
         others = [(tokens, rows, 2 * decode), (tokens, rows, decode // 2), (2 * tokens, rows, decode)]
-        others += [(2 * tokens, rows, 2 * decode), (4 * tokens, rows, 2 * decode)]
+        others.append((2 * tokens, rows, 2 * decode))
     else:
         others = [(tokens, rows // 2, decode), (2 * tokens, rows, decode), (2 * tokens, rows // 2, decode)]
 

@@ -222,6 +222,7 @@ def test_it_is_chosen_compiled_and_copies_no_cache(name, element):
                 ("float8_e4m3fn", 64, 8, 64),
                 ("int4", 128, 8, 128),
                 ("int4", 128, 24, 128),
+                ("int4", 128, 24, 64),
             )
         ),
     ],

@@ -65,7 +65,8 @@ def tune(command: cli.Tune) -> dict[str, Any]:
         mesh = make_mesh({"fsdp": 1}, devices()[:1])
         judge: search.Judge = search.Clock(mesh) if timed else search.Schedules(mesh, pathlib.Path(folder), chip)
         asked = [command.op] if command.op else programs.OPS
-        wanted = [program for op in asked for program in programs.programs_of(op, apart=timed)]
+        with jax.set_mesh(mesh):  # rules ask which chip it is
+            wanted = [program for op in asked for program in programs.programs_of(op, apart=timed)]
         results = []
         columns = BarColumn(), MofNCompleteColumn(), _Rate(), TimeElapsedColumn(), TimeRemainingColumn()
         console = Console(stderr=True, quiet=command.json)

@@ -104,8 +104,7 @@ def test_rows_too_long_for_fast_memory_are_multiplied_part_by_part(quantized, mo
 
 @pytest.mark.parametrize("kernel", [KERNELS["mosaic_tpu"], SIMULATED], ids=["interpreted", "simulated"])
 def test_long_rows_are_multiplied_chunk_by_chunk(kernel, monkeypatch):
-    monkeypatch.setattr(tiles, "STRAIGHT", 128)
-    monkeypatch.setattr(tiles, "CHUNK", 128)
+    monkeypatch.setattr(tiles, "STRAIGHT", 128 * 128)
     case = GroupedCase("chunks", (40, 0, 30), rows=300, contracted=384, columns=128)  # and tiles that no group has
     x, w, sizes = case.arrays()
     assert tiles.product_tiles(GroupedSpec.of(x, w, sizes, True)).chunk == 128
@@ -239,10 +238,15 @@ def test_arrays_over_devices_are_left_to_xla():
         assert next(row.name for row in choices if row.reason is None) == "xla"
 
 
+@pytest.mark.parametrize(("kind", "rows"), [("TPU v5 lite", 128), ("TPU v6 lite", 256)])
 @pytest.mark.parametrize("sizes", [(2048, 1408), (4096, 14336), (14336, 4096), (2880, 2880)])
-def test_tiles_cut_what_they_hold_into_whole_parts(sizes):
+def test_tiles_are_no_taller_than_the_multiplier_and_cut_what_they_hold_into_whole_parts(
+    sizes, kind, rows, monkeypatch
+):
+    monkeypatch.setattr(Target, "of_mesh", lambda: Target("tpu", kind))
     chosen = tiles.product_tiles(GroupedSpec(4096, 8, *sizes, "bfloat16", "bfloat16", transposed=True, spread=False))
-    assert chosen.rows == 512
+    assert chosen.rows == rows
+    assert tiles.outer_tiles(4096, 8, *sizes, jnp.bfloat16).rows == rows
     assert sizes[0] % chosen.contracted == 0
     assert chosen.contracted % chosen.chunk == 0
     assert chosen.columns % tiles.LANES == 0 or chosen.columns == sizes[1]

@@ -1,4 +1,8 @@
-"""How large the tiles of a grouped product are on a TPU, from shapes alone."""
+"""How large the tiles of a grouped product are on a TPU, from shapes and the chip alone.
+
+A group that begins or ends within a tile of rows has it computed whole, as its neighbour has: E groups cost E - 1 tiles
+beside those of the rows. Small tiles waste less of the multiplier, and read a weight that is not held whole more often.
+"""
 
 import dataclasses
 import itertools
@@ -6,22 +10,26 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from meshloom.core.hardware import CHIPS, chip_of_kind
+from meshloom.pallas_kernels.dispatch import Target
 from meshloom.pallas_kernels.matmul.grouped.spec import GroupedSpec
 from meshloom.pallas_kernels.tuning import Sizes, bucket, key_of, tuned
 
 LANES = 128
 # Fast memory that tiles may take, and that the compiler may use: the smallest core has 64 MiB (TPU v7x).
 BUDGET, LIMIT = 44 * 2**20, 56 * 2**20
-MOST_ROWS, MOST_COLUMNS = 512, 2048
+ROWS, MOST_COLUMNS = (128, 256, 512), 2048
 # A tile of fewer columns reads the rows more often than the multiplier takes to use them.
 LEAST_COLUMNS = 512
-# Operations in the time of a byte from HBM, on v5e; other TPUs have more (v5p 166 is the exception).
-OPERATIONS_PER_BYTE = 240
-# Numbers contracted by one run of instructions. As many as STRAIGHT need no loop, and no sums between its rounds: 2,048
+# Chips whose multiplier takes a weight in parts of 128 x 128. Those of the others are 256 x 256, and fewer rows than
+# that take as long. Mixtral's projection up, 1,024 rows an expert that begin anywhere, takes v6e 1.65 ms in tiles of
+# 512 rows and 1.41 in those of 256, and v5e 7.12 and, in those of 128, 5.54.
+NARROW = ("v5e", "v5p")
+# Rows times numbers contracted by one run of instructions. Without a loop there are no sums between its rounds: 2,048
 # numbers, 512 rows and 1,408 columns take 6,371 bundles on v6e, and 7,123 in rounds of 1,024 (v5e: 18,865 and 19,025).
 # More than that would be slow to compile and to fetch: 4,096 numbers are 46,307 bundles on v5e. Longer rows take rounds
 # of as many: a round of 1,792 columns takes 237 bundles to begin and end on v6e, be it of 1,024 numbers or of 2,048.
-STRAIGHT = CHUNK = 2048
+STRAIGHT = 512 * 2048
 # Columns of the left side of a gradient of weights, and sides of what one run of instructions makes of it. Large sides
 # are read seldom, and small runs are fetched fast: the gradient of Mixtral's 14,336 x 4,096 over 8,192 rows takes 1.72
 # ms of v6e's bandwidth in tiles of 1,024 x 1,024, and 1.15 in those of 2,048 x 2,048, half of the left side at a time.
@@ -92,28 +100,39 @@ def _held(spec: GroupedSpec, tiles: Tiles) -> int:
 
 
 def least_tiles(spec: GroupedSpec) -> Tiles | None:
-    """The tiles of a product that multiply and copy least, or None when none fits fast memory."""
-    rows = tile_rows(spec.rows, spec.groups)
-    best: tuple[float, Tiles] | None = None
-    for contracted in _parts(spec.contracted):
-        for columns in _widths(spec.columns, MOST_COLUMNS):
-            tiles = Tiles(rows, columns, contracted, _chunk(contracted))
-            if _held(spec, tiles) > BUDGET:
-                continue
-            if best is None or _cost(spec, tiles) < best[0]:
-                best = _cost(spec, tiles), tiles
-    return best and best[1]
+    """The tiles of a product that take least on the chip of the mesh in scope, or None when none fits fast memory."""
+    sides = itertools.product(_row_tiles(spec.rows), _parts(spec.contracted), _widths(spec.columns, MOST_COLUMNS))
+    every = (Tiles(rows, columns, contracted, _chunk(contracted, rows)) for rows, contracted, columns in sides)
+    return min(
+        (each for each in every if _held(spec, each) <= BUDGET), key=lambda each: _cost(spec, each), default=None
+    )
 
 
 def _cost(spec: GroupedSpec, tiles: Tiles) -> float:
-    """Bytes read from HBM, and those that could be read while all tiles are multiplied."""
-    down, across = -(-spec.rows // tiles.rows), -(-spec.columns // tiles.columns)
-    x = spec.rows * spec.contracted * jnp.dtype(spec.x).itemsize * across
-    # With all of K at once a weight stays while its rows pass; else every visit reads it.
-    reads = min(spec.groups, down) if tiles.contracted == spec.contracted else down + spec.groups
+    """Of what `_longer` counts."""
+    visits, across = _visits(spec.rows, spec.groups, tiles.rows), -(-spec.columns // tiles.columns)
+    # With all of K at once a weight stays while its rows pass; else every visit reads both.
+    whole = tiles.contracted == spec.contracted
+    rows, reads = (spec.rows, min(spec.groups, visits)) if whole else (visits * tiles.rows, visits)
+    x = rows * spec.contracted * jnp.dtype(spec.x).itemsize * across
     w = spec.contracted * spec.columns * jnp.dtype(spec.weight).itemsize * reads
-    operations = 2 * down * tiles.rows * spec.contracted * across * tiles.columns
-    return x + w + operations / OPERATIONS_PER_BYTE
+    return _longer(x + w, visits, tiles.rows, spec.contracted * across * tiles.columns)
+
+
+def _visits(rows: int, groups: int, tile: int) -> int:
+    """To tiles, by groups that begin anywhere."""
+    return -(-rows // tile) + groups - 1
+
+
+def _longer(copied: int, visits: int, rows: int, sides: int) -> float:
+    """Bytes copied, or those that could be while all visits multiply, whichever are more, and a tenth of the others: of
+    equally long ones the one that leaves more to spare.
+    """
+    kind = Target.of_mesh().device_kind
+    chip = (kind and chip_of_kind(kind)) or CHIPS["v5e"]
+    operations = 2 * visits * max(rows, 128 if chip.name in NARROW else 256) * sides
+    multiplied = operations * chip.hbm_bandwidth / chip.flops["bfloat16"]
+    return max(copied, multiplied) + min(copied, multiplied) / 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,16 +172,18 @@ def outer_key(rows: int, groups: int, a: int, b: int, dtype: Any) -> str:
 
 
 def least_outer(rows: int, groups: int, a: int, b: int, dtype: Any) -> OuterTiles:
-    """The tiles that multiply and copy least, of those that fit; sides of 512 always do."""
-    at_once, itemsize = tile_rows(rows, groups), jnp.dtype(dtype).itemsize
+    """The tiles that take least on the chip of the mesh in scope, of those that fit; sides of 512 always do."""
+    itemsize = jnp.dtype(dtype).itemsize
 
     def cost(tiles: OuterTiles) -> float:
         down, across = -(-a // tiles.left), -(-b // tiles.right)
-        operations = 2 * rows * down * tiles.left * across * tiles.right
-        return itemsize * rows * (a * across + b * down) + operations / OPERATIONS_PER_BYTE
+        visits = _visits(rows, groups, tiles.rows)
+        return _longer(
+            itemsize * rows * (a * across + b * down), visits, tiles.rows, down * tiles.left * across * tiles.right
+        )
 
-    sides = itertools.product(_widths(a, MOST_COLUMNS), _widths(b, MOST_COLUMNS))
-    every = (OuterTiles(at_once, left, right, _outer_chunk(left)) for left, right in sides)
+    sides = itertools.product(_row_tiles(rows), _widths(a, MOST_COLUMNS), _widths(b, MOST_COLUMNS))
+    every = (OuterTiles(at_once, left, right, _outer_chunk(left)) for at_once, left, right in sides)
     return min(
         (each for each in every if each.chunk * each.right <= MOST_RUN and _outer_held(each, dtype) <= BUDGET), key=cost
     )
@@ -184,17 +205,16 @@ def _outer_chunk(left: int) -> int:
     return chunk if 2 * chunk >= LARGEST_CHUNK else left
 
 
-def tile_rows(rows: int, groups: int) -> int:
-    """About the rows of one group, since a group's last tile is computed whole however few of its rows it has."""
-    tile = max(LANES, min(MOST_ROWS, 1 << (rows // groups).bit_length()))
-    return min(rows, tile)
+def _row_tiles(rows: int) -> list[int]:
+    """Rows that a tile may have."""
+    return sorted({min(rows, tile) for tile in ROWS})
 
 
-def _chunk(contracted: int) -> int:
-    if contracted <= STRAIGHT:
-        return contracted
-    chunk = next((part for part in _parts(contracted) if part <= CHUNK), contracted)
-    return chunk if 4 * chunk >= CHUNK else contracted
+def _chunk(contracted: int, rows: int) -> int:
+    """Numbers of one run of instructions: all, or the most that divide them, where that is no small part of a run."""
+    most = STRAIGHT // rows
+    chunk = next((part for part in _parts(contracted) if part <= most), contracted)
+    return chunk if 4 * chunk >= most else contracted
 
 
 def _widths(size: int, most: int) -> list[int]:

@@ -297,8 +297,6 @@ class Walk:
         """
         sizes, v_buf = self.sizes, self.fast.rows[-1]
         length = self.item[LENGTH, i] - j * sizes.block
-        column = jax.lax.broadcasted_iota(jnp.int32, (1, sizes.page_rows), 1)
-        key = column if sizes.parts == 1 else column // (sizes.parts * LANES) * LANES + column % LANES
 
         @pl.when(length < sizes.block)
         def _():
@@ -311,7 +309,10 @@ class Walk:
                 v_buf[slot, where] = jnp.where(rows < length * sizes.kv_heads, wide, 0).astype(v_buf.dtype)
             if sizes.scaled:
                 page = jax.lax.div(length - 1, sizes.page_size)
-                keys = (length - page * sizes.page_size) * sizes.part_kv_heads  # of a part
+                # Of a part, as `scales_of` finds them.
+                keys = (length - page * sizes.page_size) * sizes.part_kv_heads
+                column = jax.lax.broadcasted_iota(jnp.int32, (1, sizes.page_rows), 1)
+                key = column if sizes.parts == 1 else column // (sizes.parts * LANES) * LANES + column % LANES
                 columns = pl.ds(pl.multiple_of((2 * page + 1) * sizes.page_rows, LANES), sizes.page_rows)
                 scales = self.fast.scales[slot, :, columns]
                 self.fast.scales[slot, :, columns] = jnp.where(key < keys, scales, 0.0)

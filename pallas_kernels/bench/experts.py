@@ -15,7 +15,7 @@ from meshloom.pallas_kernels.bench.figures import TILE_CYCLES, Cost, KernelFigur
 from meshloom.pallas_kernels.dispatch import Target
 from meshloom.pallas_kernels.matmul.grouped import GroupedSpec, grouped_matmul
 from meshloom.pallas_kernels.matmul.grouped.mosaic_tpu import MOSAIC_TPU
-from meshloom.pallas_kernels.matmul.grouped.tiles import OuterTiles, Tiles, outer_tiles, product_tiles
+from meshloom.pallas_kernels.matmul.grouped.tiles import OuterTiles, Tiles, most_visits, outer_tiles, product_tiles
 
 # Mixtral's up projection: 1,024 rows for each expert.
 ROWS, EXPERTS, CONTRACTED, COLUMNS = 8192, 8, 4096, 14336
@@ -117,7 +117,7 @@ def kernel_cost(regions: list[Region], spec: GroupedSpec, tiles: Tiles) -> Cost:
     A loop around the products runs once for every chunk; of two regions with products the first ends a visit. All other
     regions count once for every step, those that no visit here takes among them.
     """
-    across, down = -(-spec.columns // tiles.columns), _visits(spec, tiles.rows)
+    across, down = -(-spec.columns // tiles.columns), most_visits(spec.rows, spec.groups, tiles.rows)
     steps = spec.contracted // tiles.contracted
     products = [region for region in regions if region.matmuls]
     chunks = tiles.contracted // tiles.chunk
@@ -133,11 +133,6 @@ def kernel_cost(regions: list[Region], spec: GroupedSpec, tiles: Tiles) -> Cost:
     return Cost(float(across * down * (multiplied + beside)), float(moved))
 
 
-def _visits(spec: GroupedSpec, tile: int) -> int:
-    """To tiles of so many rows."""
-    return -(-spec.rows // tile) + spec.groups - 1
-
-
 def outer_cost(regions: list[Region], spec: GroupedSpec, tiles: OuterTiles) -> Cost:
     """Of the gradient of a product's weights, of groups as above.
 
@@ -145,7 +140,7 @@ def outer_cost(regions: list[Region], spec: GroupedSpec, tiles: OuterTiles) -> C
     them one that writes the result of a group; each is the longest there. All others count once for every visit.
     """
     down, across = -(-spec.columns // tiles.left), -(-spec.contracted // tiles.right)
-    visits = _visits(spec, tiles.rows)
+    visits = most_visits(spec.rows, spec.groups, tiles.rows)
     halves = 2 * (spec.groups - 1)  # visits to tiles that groups share
     whole, shared = (region for region in regions if region.matmuls)
     begin, end = regions.index(whole), regions.index(shared)

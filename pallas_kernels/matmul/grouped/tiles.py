@@ -110,7 +110,7 @@ def least_tiles(spec: GroupedSpec) -> Tiles | None:
 
 def _cost(spec: GroupedSpec, tiles: Tiles) -> float:
     """Of what `_longer` counts."""
-    visits, across = _visits(spec.rows, spec.groups, tiles.rows), -(-spec.columns // tiles.columns)
+    visits, across = most_visits(spec.rows, spec.groups, tiles.rows), -(-spec.columns // tiles.columns)
     # With all of K at once a weight stays while its rows pass; else every visit reads both.
     whole = tiles.contracted == spec.contracted
     rows, reads = (spec.rows, min(spec.groups, visits)) if whole else (visits * tiles.rows, visits)
@@ -119,8 +119,8 @@ def _cost(spec: GroupedSpec, tiles: Tiles) -> float:
     return _longer(x + w, visits, tiles.rows, spec.contracted * across * tiles.columns)
 
 
-def _visits(rows: int, groups: int, tile: int) -> int:
-    """To tiles, by groups that begin anywhere."""
+def most_visits(rows: int, groups: int, tile: int) -> int:
+    """Visits to tiles of so many rows by groups that begin anywhere."""
     return -(-rows // tile) + groups - 1
 
 
@@ -177,7 +177,7 @@ def least_outer(rows: int, groups: int, a: int, b: int, dtype: Any) -> OuterTile
 
     def cost(tiles: OuterTiles) -> float:
         down, across = -(-a // tiles.left), -(-b // tiles.right)
-        visits = _visits(rows, groups, tiles.rows)
+        visits = most_visits(rows, groups, tiles.rows)
         return _longer(
             itemsize * rows * (a * across + b * down), visits, tiles.rows, down * tiles.left * across * tiles.right
         )

@@ -85,8 +85,10 @@ def decode(walk: Walk, i: Any, slot: Any) -> Any:
         pieces = step_rows // piece_rows
         ahead = multiplied(0)
         for n in range(pieces):
-            now, ahead = ahead, multiplied(n + 1) if n + 1 < pieces else ahead
-            carry = weighed(n, *now, carry)
+            raw, values = ahead
+            if n + 1 < pieces:
+                ahead = multiplied(n + 1)
+            carry = weighed(n, raw, values, carry)
         return carry
 
     def visit(j, slot, carry):

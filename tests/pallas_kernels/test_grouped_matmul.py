@@ -112,6 +112,18 @@ def test_long_rows_are_multiplied_chunk_by_chunk(kernel, monkeypatch):
     np.testing.assert_allclose(kernel.product(x, w, sizes, True, TPU), exact, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("group_sizes", [(10, 0, 7), (0, 0, 0)])
+def test_rows_past_the_last_group_cost_nothing_where_nobody_reads_them(group_sizes, monkeypatch):
+    monkeypatch.setattr(tiles, "ROWS", (16,))
+    case = GroupedCase("rest", group_sizes, rows=64, contracted=24, columns=128)
+    x, w, sizes = case.arrays()
+    simulated = pltpu.InterpretParams(uninitialized_memory="nan", out_of_bounds_reads="raise")
+    got = MOSAIC_TPU.own_rows(x, w, sizes, True, TPU, simulated)
+    rows = sum(group_sizes)
+    np.testing.assert_allclose(got[:rows], REFERENCE.product(x, w, sizes, True, TPU)[:rows], rtol=1e-4, atol=1e-4)
+    assert np.isnan(got[max(rows + 15, 16) // 16 * 16 :]).all()  # not written
+
+
 @pytest.mark.parametrize("name", ["tiles_shared_by_groups", "quantized", "rows_past_the_last"])
 def test_kernels_race_with_nothing_and_read_only_what_was_written(name):
     case = named(name)
@@ -167,7 +179,7 @@ def _compiled(kernel: Kernel):
 PRODUCTS = {name: _compiled(kernel) for name, kernel in KERNELS.items()}
 
 
-planned = jax.jit(visits, static_argnums=(1, 2), static_argnames="groups_all")
+planned = jax.jit(visits, static_argnums=(1, 2), static_argnames=("groups_all", "rest"))
 
 
 @settings(max_examples=30, deadline=None)
@@ -175,10 +187,12 @@ planned = jax.jit(visits, static_argnums=(1, 2), static_argnames="groups_all")
     sizes=st.lists(st.integers(0, 300), min_size=5, max_size=5),
     shape=st.sampled_from([(1, 8), (20, 8), (700, 128)]),
     groups_all=st.booleans(),
+    rest=st.booleans(),
 )
-def test_every_row_is_visited_once_by_its_own_group(sizes, shape, groups_all):
+def test_every_row_is_visited_once_by_its_own_group(sizes, shape, groups_all, rest):
     rows, tile = shape
-    plan, count = jax.tree.map(np.asarray, planned(jnp.asarray(sizes, jnp.int32), rows, tile, groups_all=groups_all))
+    plan = planned(jnp.asarray(sizes, jnp.int32), rows, tile, groups_all=groups_all, rest=rest)
+    plan, count = jax.tree.map(np.asarray, plan)
     groups = plan.group
     seen = np.zeros((rows, len(sizes) + 1), int)
     for group, at in zip(groups[:count], plan.tile[:count], strict=True):
@@ -187,8 +201,9 @@ def test_every_row_is_visited_once_by_its_own_group(sizes, shape, groups_all):
         seen[first:end, group] += 1
     owner = np.pad(np.repeat(np.arange(len(sizes)), sizes), (0, rows), constant_values=len(sizes))[:rows]
     expected = np.eye(len(sizes) + 1, dtype=int)[owner]
-    if groups_all:
+    if groups_all or not rest:
         expected[:, -1] = 0
+    if groups_all:
         assert set(range(len(sizes))) == set(groups[:count])
     np.testing.assert_array_equal(seen, expected)
     assert np.all(np.diff(groups[:count]) >= 0)

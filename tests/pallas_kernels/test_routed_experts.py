@@ -16,7 +16,7 @@ from meshloom.core.program_report import report
 from meshloom.core.topology import make_mesh, parse_devices
 from meshloom.pallas_kernels import QArray, quantize, routed_experts, top_experts
 from meshloom.pallas_kernels.dispatch import Implementation, Target, explain
-from meshloom.pallas_kernels.matmul.experts import spread
+from meshloom.pallas_kernels.matmul.experts import local, spread
 from meshloom.pallas_kernels.matmul.experts.rows import EXCHANGES, RowsSpec, ring_gathered, ring_scattered
 from tests.compilers import needs_tpu
 from tests.pallas_kernels.schedules import permutes
@@ -118,6 +118,30 @@ def test_a_number_of_no_expert_gives_zeros_on_a_mesh_too():
         out, *gradients = with_gradients(lambda *operands: ours(numbers, *operands), operands)(*operands)
     assert not any(each[0, 0].any() for each in (out, *gradients[:2]))
     assert out[0, 1].all()
+
+
+@pytest.mark.parametrize("axes", [None, {"expert": 4}, {"fsdp": 2, "expert": 2, "tensor": 2}], ids=str)
+def test_what_the_room_for_other_rows_holds_reaches_nothing(axes, monkeypatch):
+    def spoiled(values, sizes):
+        there = jnp.arange(len(values)) < jnp.sum(sizes)
+        return jnp.where(there[:, None] if values.ndim == 2 else there, values, jnp.nan)
+
+    product, gradients, mapped = local._product, local._gradients, local.map_rows
+
+    def spoiled_gradients(x, w, sizes, dy):
+        dx, dw = gradients(x, w, sizes, dy)
+        return spoiled(dx, sizes), dw
+
+    monkeypatch.setattr(local, "_product", lambda x, w, sizes: spoiled(product(x, w, sizes), sizes))
+    monkeypatch.setattr(local, "_gradients", spoiled_gradients)
+    monkeypatch.setattr(
+        local, "map_rows", lambda f, count, *x: jax.tree.map(lambda each: spoiled(each, count), mapped(f, count, *x))
+    )
+    operands, numbers = arrays(), chosen().at[0, 0].set(jnp.array([-1, E], jnp.int32))
+    run = with_gradients(lambda *operands: ours(numbers, *operands), operands)
+    exact = with_gradients(lambda *operands: dense(numbers, *operands), operands)(*operands)
+    with jax.set_mesh(of_mesh(axes or {"fsdp": 1})):
+        assert difference(run(*operands), exact) < 1e-6
 
 
 def test_every_row_may_want_the_experts_of_one_device():
@@ -239,6 +263,37 @@ def test_a_tpu_makes_gradients_of_weights_while_those_of_rows_travel(text):
     # Rows, twice, since they are gathered again; gradients of the result; sums of both passes.
     assert len(hops) == 3 * (2 + 1 + 2)
     assert all(backward and beside for backward, beside in hops[-3:])
+
+
+@needs_tpu
+@pytest.mark.parametrize(("text", "activation"), [("v5e:2x2", jax.nn.silu), ("v6e:2x2", jax.nn.gelu)])
+def test_on_a_tpu_kernels_alone_touch_the_room_for_what_gate_and_up_make(text, activation):
+    mesh = make_mesh({"expert": 4}, target_devices(parse_devices(text)))
+
+    def array(dtype, *shape: int):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P("expert")))
+
+    rows = [array(jnp.bfloat16, 4, 512, 256), array(jnp.bfloat16, 4, 512, 1)]
+    matrices = [array(jnp.bfloat16, 4, 384, 256)] * 2 + [array(jnp.bfloat16, 4, 256, 384)]
+
+    def gradients(numbers, *operands):
+        def layer(x, weights, *matrices):
+            return routed_experts(x, weights, numbers, *matrices, activation=activation)
+
+        out, pull = jax.vjp(layer, *operands)
+        return out, *pull(out)
+
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(gradients).lower(array(jnp.int32, 4, 512, 1), *rows, *matrices)
+        module = parse(lowered.compile().as_text())
+    makers = {
+        each.opcode
+        for computation in module.computations.values()
+        for each in computation.instructions
+        if each.shapes and each.shapes[0].text == "bf16[2048,384]"
+    }
+    assert "custom-call" in makers
+    assert makers <= {"custom-call", "get-tuple-element", "bitcast", "tuple", "parameter"}
 
 
 @needs_tpu

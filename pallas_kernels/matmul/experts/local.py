@@ -5,6 +5,7 @@ Shape legend: T rows, k experts of each, D model, F inner, e experts on this dev
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from meshloom.pallas_kernels.matmul.experts.rowwise import map_rows
 from meshloom.pallas_kernels.matmul.grouped import grouped_gradients, grouped_matmul
 
 
@@ -20,13 +22,14 @@ class Route:
     """Slots sorted by expert, those of other devices last.
 
     Attributes:
-        slot: of each sorted row. place: of each slot among the sorted rows; from `room` on it has none here.
-        sizes: rows of each expert.
+        slot: of each sorted row. place: of each slot among the sorted rows, out of bounds where it has none here.
+        sizes: rows of each expert. count: of all; sorted rows from there on hold anything.
     """
 
     slot: Int[Array, "room"]
     place: Int[Array, "slots"]
     sizes: Int[Array, "e"]
+    count: Int[Array, ""]
 
     @classmethod
     def of(cls, chosen: Int[Array, "T k"], first: Any, own: int, experts: int) -> "Route":
@@ -39,7 +42,8 @@ class Route:
         order = jnp.argsort(keys, stable=True)
         # Numbers of no expert here are out of bounds, and not counted.
         sizes = jnp.zeros(own, jnp.int32).at[keys].add(1, mode="drop")
-        return cls(order[: rows * min(k, own)], jnp.argsort(order), sizes)
+        place, count = jnp.argsort(order), jnp.sum(sizes)
+        return cls(order[: rows * min(k, own)], jnp.where(place < count, place, place.size), sizes, count)
 
     def gathered(self, values: Float[Array, "T N"], k: int) -> Float[Array, "room N"]:
         """The row of each sorted slot."""
@@ -47,10 +51,7 @@ class Route:
 
     def by_slot(self, values: Float[Array, "room *N"], k: int) -> Float[Array, "T k *N"]:
         """Sorted values back at their slots, zeros where they are another device's."""
-        if values.shape[0] == self.place.shape[0]:
-            found = values[self.place]
-        else:
-            found = values.at[self.place].get(mode="fill", fill_value=0)
+        found = values.at[self.place].get(mode="fill", fill_value=0)
         return found.reshape(-1, k, *values.shape[1:])
 
 
@@ -59,8 +60,9 @@ def forward(activation, route_to: Callable[..., Route], x, weights, chosen, gate
     k = chosen.shape[1]
     route = route_to(chosen)
     rows = route.gathered(x, k)
-    gated, upped = (grouped_matmul(rows, matrix, route.sizes, transposed=True) for matrix in (gate, up))
-    y = grouped_matmul(activation(gated) * upped, down, route.sizes, transposed=True)
+    gated, upped = (_product(rows, matrix, route.sizes) for matrix in (gate, up))
+    (inner,), _ = map_rows(lambda gated, upped: ((activation(gated) * upped,), ()), route.count, gated, upped)
+    y = _product(inner, down, route.sizes)
     return jnp.einsum("tkd,tk->td", route.by_slot(y, k), weights.astype(x.dtype)), gated, upped
 
 
@@ -74,16 +76,28 @@ def backward(activation, route_to: Callable[..., Route], x, weights, chosen, gat
     k = chosen.shape[1]
     route = route_to(chosen)
     rows = route.gathered(x, k)
-    inner, pull = jax.vjp(lambda gated, upped: activation(gated) * upped, gated, upped)
     weight = weights.reshape(-1)[route.slot].astype(x.dtype)[:, None]
-    by_row = route.gathered(d_out.astype(inner.dtype), k)
-    d_inner, d_down = grouped_gradients(inner * weight, down, route.sizes, by_row, transposed=True)
-    d_weight = jnp.sum(d_inner.astype(jnp.float32) * inner.astype(jnp.float32), axis=1)
-    d_gated, d_upped = pull(d_inner * weight)
-    dx_gate, d_gate = grouped_gradients(rows, gate, route.sizes, d_gated, transposed=True)
-    dx_up, d_up = grouped_gradients(rows, up, route.sizes, d_upped, transposed=True)
+    by_row = route.gathered(d_out.astype(gated.dtype), k)
+
+    def weighed(gated, upped, weight):
+        return (activation(gated) * upped * weight,), ()
+
+    def pulled(gated, upped, weight, d_inner):
+        inner, pull = jax.vjp(lambda gated, upped: activation(gated) * upped, gated, upped)
+        return pull(d_inner * weight), (d_inner.astype(jnp.float32) * inner.astype(jnp.float32),)
+
+    (inner,), _ = map_rows(weighed, route.count, gated, upped, weight)
+    d_inner, d_down = _gradients(inner, down, route.sizes, by_row)
+    (d_gated, d_upped), (d_weight,) = map_rows(pulled, route.count, gated, upped, weight, d_inner)
+    dx_gate, d_gate = _gradients(rows, gate, route.sizes, d_gated)
+    dx_up, d_up = _gradients(rows, up, route.sizes, d_upped)
     dx = jnp.sum(route.by_slot(dx_gate + dx_up, k), axis=1)
     return dx, route.by_slot(d_weight, k).astype(weights.dtype), d_gate, d_up, d_down
+
+
+# What is in the room for rows that are not there is never looked at.
+_product = functools.partial(grouped_matmul, transposed=True, zeros=False)
+_gradients = functools.partial(grouped_gradients, transposed=True, zeros=False)
 
 
 def flat(run: Callable[..., Any], x, weights, chosen, *others, first: Any = 0, experts: int | None = None) -> Any:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -10,7 +12,7 @@ from meshloom.pallas_kernels.dispatch import Implementation, Target, select
 from meshloom.pallas_kernels.matmul.grouped.mosaic_gpu import MOSAIC_GPU, hopper_grouped_why_not
 from meshloom.pallas_kernels.matmul.grouped.mosaic_tpu import MOSAIC_TPU, mosaic_why_not
 from meshloom.pallas_kernels.matmul.grouped.reference import REFERENCE
-from meshloom.pallas_kernels.matmul.grouped.spec import GroupedSpec, Kernel
+from meshloom.pallas_kernels.matmul.grouped.spec import GroupedSpec
 from meshloom.pallas_kernels.matmul.grouped.xla import LOOP, RAGGED, loop_why_not
 from meshloom.pallas_kernels.matmul.qarray import QArray
 
@@ -32,6 +34,7 @@ def grouped_matmul(
     group_sizes: Int[Array, "E"],
     *,
     transposed: bool = False,
+    zeros: bool = True,
     implementation: str | None = None,
 ) -> Float[Array, "M N"]:
     """The first `group_sizes[0]` rows of x times w[0], the next `group_sizes[1]` times w[1], and so on.
@@ -43,13 +46,14 @@ def grouped_matmul(
         w: `[E, K, N]`, or `[E, N, K]` if `transposed`, as weights of layers are stored; it is read as it lies.
         group_sizes: int32, not negative; groups may be empty. Rows past their sum give exactly zero and no gradient,
             whatever they hold, and groups end at the last row if they sum to more.
+        zeros: without, results and gradients of rows past the groups' may hold anything, and a TPU writes none of them.
         implementation: by name, for tests and benches; None chooses.
     Returns:
         In the common dtype of x and w (that of its numbers, if quantized); sums are float32 on a TPU.
     Source: Gale et al. 2022, MegaBlocks, section 5 (products over ragged groups instead of padded batches).
     Raises MeshloomError when sizes differ, or the requested implementation declines.
     """
-    return apply(_static(x, w, group_sizes, transposed, implementation), x, w, group_sizes)
+    return apply(_static(x, w, group_sizes, transposed, zeros, implementation), x, w, group_sizes)
 
 
 @jax.named_scope("grouped_gradients")
@@ -60,6 +64,7 @@ def grouped_gradients(
     dy: Float[Array, "M N"],
     *,
     transposed: bool = False,
+    zeros: bool = True,
 ) -> tuple[Float[Array, "M K"], Float[Array, "E A B"] | None]:
     """Gradients of x and w, None for a quantized w, of `grouped_matmul(x, w, group_sizes)` by that of its result.
 
@@ -67,22 +72,24 @@ def grouped_gradients(
 
     Raises MeshloomError as `grouped_matmul` does.
     """
-    static = _static(x, w, group_sizes, transposed, None)
+    static = _static(x, w, group_sizes, transposed, zeros, None)
     return _bwd(static, (x, w, group_sizes), dy)[:2]
 
 
-def _static(x, w, group_sizes, transposed: bool, implementation: str | None) -> "GroupedStatic":
+def _static(x, w, group_sizes, transposed: bool, zeros: bool, implementation: str | None) -> "GroupedStatic":
     target = Target.of_mesh()
     spec = GroupedSpec.of(x, w, group_sizes, transposed)
     kernel = select("grouped_matmul", GROUPED_MATMUL, spec, target, implementation).run
-    return GroupedStatic(kernel, transposed, target)
+    product = kernel.product if zeros or kernel.own_rows is None else kernel.own_rows
+    return GroupedStatic(product, kernel.outer, transposed, target)
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupedStatic:
     """What shapes the program besides the arrays."""
 
-    kernel: Kernel
+    product: Callable[..., Any]
+    outer: Callable[..., Any]
     transposed: bool
     target: Target
 
@@ -90,7 +97,7 @@ class GroupedStatic:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def apply(static: GroupedStatic, x, w, group_sizes):
     """The product of one implementation, with its gradients."""
-    return static.kernel.product(x, w, group_sizes, static.transposed, static.target)
+    return static.product(x, w, group_sizes, static.transposed, static.target)
 
 
 def _fwd(static: GroupedStatic, x, w, group_sizes):
@@ -99,11 +106,11 @@ def _fwd(static: GroupedStatic, x, w, group_sizes):
 
 def _bwd(static: GroupedStatic, residuals, dy):
     x, w, group_sizes = residuals
-    dx = static.kernel.product(dy, w, group_sizes, not static.transposed, static.target).astype(x.dtype)
+    dx = static.product(dy, w, group_sizes, not static.transposed, static.target).astype(x.dtype)
     if isinstance(w, QArray):
         return dx, None, None
     a, b = (dy, x) if static.transposed else (x, dy)
-    return dx, static.kernel.outer(a, b, group_sizes, w.dtype, static.target), None
+    return dx, static.outer(a, b, group_sizes, w.dtype, static.target), None
 
 
 apply.defvjp(_fwd, _bwd)

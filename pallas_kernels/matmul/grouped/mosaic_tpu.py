@@ -58,12 +58,17 @@ def product(
     transposed: bool,
     target: Target,
     interpret: Any = False,
+    *,
+    rest: bool = True,
 ) -> Float[Array, "M N"]:
-    """Rows times the weight of their group; `interpret` runs it without a TPU."""
+    """Rows times the weight of their group; `interpret` runs it without a TPU.
+
+    Without `rest` tiles past the last group's are not written.
+    """
     spec = GroupedSpec.of(x, w, group_sizes, transposed)
     tiles = product_tiles(spec)
     assert tiles is not None
-    plan, count = visits(group_sizes, spec.rows, tiles.rows)
+    plan, count = visits(group_sizes, spec.rows, tiles.rows, rest=rest)
     steps = spec.contracted // tiles.contracted
 
     def depth(visit, step, plan):
@@ -270,4 +275,4 @@ def _parameters(semantics: tuple[str, ...]) -> Any:
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=LIMIT)
 
 
-MOSAIC_TPU = Kernel(product, outer)
+MOSAIC_TPU = Kernel(product, outer, functools.partial(product, rest=False))

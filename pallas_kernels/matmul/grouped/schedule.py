@@ -34,17 +34,18 @@ class Visits:
 
 
 def visits(
-    group_sizes: Int[Array, "E"], rows: int, tile: int, *, groups_all: bool = False
+    group_sizes: Int[Array, "E"], rows: int, tile: int, *, groups_all: bool = False, rest: bool = True
 ) -> tuple[Visits, Int[Array, ""]]:
     """The visits to tiles of `tile` rows, in the order of rows, and how many there are.
 
     Args:
-        groups_all: visit every group, empty ones once, and no rows past the last. Else every row, and no empty group.
+        groups_all: visit every group, empty ones once, and no rows past the last. Else no empty group.
+        rest: and all rows past the last group. Without, at least one visit is left.
     """
     groups = group_sizes.shape[0]
     first, end = bounds(group_sizes, rows)
     first = jnp.append(first, end[-1])
-    end = jnp.append(end, end[-1] if groups_all else rows).astype(jnp.int32)
+    end = jnp.append(end, rows if rest and not groups_all else end[-1]).astype(jnp.int32)
     first_tile = jnp.minimum(first // tile, max(0, -(-rows // tile) - 1))
     tiles = jnp.where(end > first, -(-end // tile) - first_tile, 0)
     if groups_all:
@@ -63,4 +64,4 @@ def visits(
         read_group=jax.lax.cummax(jnp.where(of_group, group, 0)),
         read_tile=jax.lax.cummax(jnp.where(of_group, at, 0)),
     )
-    return plan, done[-1].astype(jnp.int32)
+    return plan, jnp.maximum(done[-1], 1).astype(jnp.int32)

@@ -65,10 +65,12 @@ class Kernel:
             common dtype of x and w.
         outer: (a [M, A], b [M, B], group_sizes, dtype, target) -> [E, A, B] in `dtype`: sums of a^T b over the rows of
             each group, zeros for an empty one.
+        own_rows: as `product`, but that rows past the last group may hold anything; None where these cost nothing.
     """
 
     product: Callable[..., Any]
     outer: Callable[..., Any]
+    own_rows: Callable[..., Any] | None = None
 
 
 def bounds(group_sizes: Int[Array, "E"], rows: int) -> tuple[Int[Array, "E"], Int[Array, "E"]]:

@@ -57,13 +57,14 @@ def test_without_a_tpu_it_is_what_the_function_makes_of_all_rows():
 
 
 def test_what_a_tpu_leaves_to_xla_is_said(monkeypatch):
-    def reason(columns: int, unknown: str | None = None, target: Target = V6E, rows: int = 512) -> str | None:
-        return explain(MAP_ROWS, RowwiseSpec(rows, columns, unknown), target)[0].reason
+    def reason(columns: int, unknown: str | None = None, target: Target = V6E, rows=512, spread=False) -> str | None:
+        return explain(MAP_ROWS, RowwiseSpec(rows, columns, unknown, spread), target)[0].reason
 
     assert reason(14336) is None
     assert reason(96) is None
     assert reason(1500) == "1500 columns are no multiple of 128"
     assert reason(768, rows=64) == "there are 64 rows: XLA takes no longer"
+    assert "inside shard_map" in reason(768, spread=True)
     assert reason(768, "erf") == "Mosaic may not have erf"
     assert reason(768, target=Target("cpu", "cpu")) == "it runs on TPUs, not on cpu"
 

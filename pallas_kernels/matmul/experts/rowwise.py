@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int, Num
 
-from meshloom.pallas_kernels.dispatch import Implementation, Target, select, tpu_why_not
+from meshloom.pallas_kernels.dispatch import Implementation, Target, may_be_spread, select, tpu_why_not
 
 LANES = 128
 # Of a block; its columns are the most that divide, or all of no more than so many. 256 x 1,024 of three arrays take v6e
@@ -30,11 +30,18 @@ _KNOWN = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class RowwiseSpec:
-    """Attributes: rows, columns: of the arrays. unknown: an operation that is none of an activation's, or None."""
+    """What the choice of an implementation may look at.
+
+    Attributes:
+        rows, columns: of the arrays.
+        unknown: an operation of the function that is none of an activation's, or None.
+        spread: XLA may spread the arrays over devices.
+    """
 
     rows: int
     columns: int
     unknown: str | None
+    spread: bool
 
 
 def map_rows(
@@ -51,7 +58,7 @@ def map_rows(
     shapes = [jax.ShapeDtypeStruct(each.shape, jnp.float32) for each in arrays]
     unknown = sorted(set(_primitives(jax.make_jaxpr(function)(*shapes).jaxpr)) - _KNOWN)
     rows, columns = arrays[0].shape
-    spec = RowwiseSpec(rows, columns, unknown[0] if unknown else None)
+    spec = RowwiseSpec(rows, columns, unknown[0] if unknown else None, may_be_spread())
     return select("map_rows", MAP_ROWS, spec, Target.of_mesh()).run(function, count, *arrays)
 
 
@@ -118,6 +125,8 @@ def _columns(size: int) -> int | None:
 def _tiled_why_not(spec: RowwiseSpec, target: Target) -> str | None:
     if reason := tpu_why_not(target):
         return reason
+    if spec.spread:
+        return "XLA cannot spread a kernel over devices; call it inside shard_map"
     if spec.unknown is not None:
         return f"Mosaic may not have {spec.unknown}"
     if spec.rows < _ROWS:

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -12,7 +10,7 @@ from meshloom.pallas_kernels.dispatch import Implementation, Target, select
 from meshloom.pallas_kernels.matmul.grouped.mosaic_gpu import MOSAIC_GPU, hopper_grouped_why_not
 from meshloom.pallas_kernels.matmul.grouped.mosaic_tpu import MOSAIC_TPU, mosaic_why_not
 from meshloom.pallas_kernels.matmul.grouped.reference import REFERENCE
-from meshloom.pallas_kernels.matmul.grouped.spec import GroupedSpec
+from meshloom.pallas_kernels.matmul.grouped.spec import GroupedSpec, Kernel
 from meshloom.pallas_kernels.matmul.grouped.xla import LOOP, RAGGED, loop_why_not
 from meshloom.pallas_kernels.matmul.qarray import QArray
 
@@ -80,16 +78,16 @@ def _static(x, w, group_sizes, transposed: bool, zeros: bool, implementation: st
     target = Target.of_mesh()
     spec = GroupedSpec.of(x, w, group_sizes, transposed)
     kernel = select("grouped_matmul", GROUPED_MATMUL, spec, target, implementation).run
-    product = kernel.product if zeros or kernel.own_rows is None else kernel.own_rows
-    return GroupedStatic(product, kernel.outer, transposed, target)
+    if not zeros and kernel.own_rows is not None:
+        kernel = dataclasses.replace(kernel, product=kernel.own_rows)
+    return GroupedStatic(kernel, transposed, target)
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupedStatic:
     """What shapes the program besides the arrays."""
 
-    product: Callable[..., Any]
-    outer: Callable[..., Any]
+    kernel: Kernel
     transposed: bool
     target: Target
 
@@ -97,7 +95,7 @@ class GroupedStatic:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def apply(static: GroupedStatic, x, w, group_sizes):
     """The product of one implementation, with its gradients."""
-    return static.product(x, w, group_sizes, static.transposed, static.target)
+    return static.kernel.product(x, w, group_sizes, static.transposed, static.target)
 
 
 def _fwd(static: GroupedStatic, x, w, group_sizes):
@@ -106,11 +104,11 @@ def _fwd(static: GroupedStatic, x, w, group_sizes):
 
 def _bwd(static: GroupedStatic, residuals, dy):
     x, w, group_sizes = residuals
-    dx = static.product(dy, w, group_sizes, not static.transposed, static.target).astype(x.dtype)
+    dx = static.kernel.product(dy, w, group_sizes, not static.transposed, static.target).astype(x.dtype)
     if isinstance(w, QArray):
         return dx, None, None
     a, b = (dy, x) if static.transposed else (x, dy)
-    return dx, static.outer(a, b, group_sizes, w.dtype, static.target), None
+    return dx, static.kernel.outer(a, b, group_sizes, w.dtype, static.target), None
 
 
 apply.defvjp(_fwd, _bwd)

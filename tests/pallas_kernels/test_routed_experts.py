@@ -135,7 +135,9 @@ def test_what_the_room_for_other_rows_holds_reaches_nothing(axes, monkeypatch):
     monkeypatch.setattr(local, "_product", lambda x, w, sizes: spoiled(product(x, w, sizes), sizes))
     monkeypatch.setattr(local, "_gradients", spoiled_gradients)
     monkeypatch.setattr(
-        local, "map_rows", lambda f, count, *x: jax.tree.map(lambda each: spoiled(each, count), mapped(f, count, *x))
+        local,
+        "map_rows",
+        lambda f, count, *x, **how: jax.tree.map(lambda each: spoiled(each, count), mapped(f, count, *x, **how)),
     )
     operands, numbers = arrays(), chosen().at[0, 0].set(jnp.array([-1, E], jnp.int32))
     run = with_gradients(lambda *operands: ours(numbers, *operands), operands)

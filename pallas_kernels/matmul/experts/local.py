@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from meshloom.pallas_kernels.matmul.experts.rowwise import map_rows
-from meshloom.pallas_kernels.matmul.grouped import grouped_gradients, grouped_matmul
+from meshloom.pallas_kernels.matmul.grouped import grouped_gradients, grouped_matmul, grouped_weight_gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,16 +79,15 @@ def backward(activation, route_to: Callable[..., Route], x, weights, chosen, gat
     weight = weights.reshape(-1)[route.slot].astype(x.dtype)[:, None]
     by_row = route.gathered(d_out.astype(gated.dtype), k)
 
-    def weighed(gated, upped, weight):
-        return (activation(gated) * upped * weight,), ()
-
-    def pulled(gated, upped, weight, d_inner):
+    def pulled(gated, upped, d_inner, weight):
         inner, pull = jax.vjp(lambda gated, upped: activation(gated) * upped, gated, upped)
-        return pull(d_inner * weight), (d_inner.astype(jnp.float32) * inner.astype(jnp.float32),)
+        summand = d_inner.astype(jnp.float32) * inner.astype(jnp.float32)
+        return (*pull(d_inner * weight), inner * weight), (summand,)
 
-    (inner,), _ = map_rows(weighed, route.count, gated, upped, weight)
-    d_inner, d_down = _gradients(inner, down, route.sizes, by_row)
-    (d_gated, d_upped), (d_weight,) = map_rows(pulled, route.count, gated, upped, weight, d_inner)
+    d_inner = grouped_matmul(by_row, down, route.sizes, zeros=False).astype(gated.dtype)
+    found = map_rows(pulled, route.count, gated, upped, d_inner, weight, in_place=True)
+    (d_gated, d_upped, inner), (d_weight,) = found
+    d_down = grouped_weight_gradient(inner, down, route.sizes, by_row, transposed=True)
     dx_gate, d_gate = _gradients(rows, gate, route.sizes, d_gated)
     dx_up, d_up = _gradients(rows, up, route.sizes, d_upped)
     dx = jnp.sum(route.by_slot(dx_gate + dx_up, k), axis=1)

@@ -48,18 +48,20 @@ def map_rows(
     function: Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]],
     count: Int[Array, ""],
     *arrays: Num[Array, "R _"],
+    in_place: bool = False,
 ) -> tuple[tuple[Num[Array, "R F"], ...], tuple[Num[Array, "R"], ...]]:
     """What `function` makes of arrays [R, F] and columns [R, 1], for the first `count` rows: others may hold anything.
 
     Args:
         function: of blocks of them, element by element: (results, summands), both of [R, F]. Results are stored in the
             dtype of the first array, of summands the sums over columns, float32. A TPU hands it float32.
+        in_place: results take the memory of the first arrays, one each, which are copied if they are still needed.
     """
     shapes = [jax.ShapeDtypeStruct(each.shape, jnp.float32) for each in arrays]
     unknown = sorted(set(_primitives(jax.make_jaxpr(function)(*shapes).jaxpr)) - _KNOWN)
     rows, columns = arrays[0].shape
     spec = RowwiseSpec(rows, columns, unknown[0] if unknown else None, may_be_spread())
-    return select("map_rows", MAP_ROWS, spec, Target.of_mesh()).run(function, count, *arrays)
+    return select("map_rows", MAP_ROWS, spec, Target.of_mesh()).run(function, count, *arrays, in_place=in_place)
 
 
 def _primitives(jaxpr: Any) -> Iterator[str]:
@@ -71,14 +73,16 @@ def _primitives(jaxpr: Any) -> Iterator[str]:
             yield equation.primitive.name
 
 
-def _whole(function: Callable[..., Any], count: Any, *arrays: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _whole(
+    function: Callable[..., Any], count: Any, *arrays: Any, in_place: bool
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """All rows, as XLA fuses it."""
     results, summands = function(*arrays)
     return tuple(results), tuple(jnp.sum(each, axis=1) for each in summands)
 
 
 def tiled(
-    function: Callable[..., Any], count: Any, *arrays: Any, interpret: Any = False
+    function: Callable[..., Any], count: Any, *arrays: Any, in_place: bool, interpret: Any = False
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Block by block on a TPU; `interpret` runs it without one. Sums of blocks of columns are added by XLA."""
     (rows, size), dtype = arrays[0].shape, arrays[0].dtype
@@ -104,6 +108,7 @@ def tiled(
         grid=(size // columns, jnp.maximum(pl.cdiv(count, at_once), 1)),
         in_specs=[narrow if each.shape[1] == 1 else wide for each in arrays],
         out_specs=[wide] * len(results) + [pl.BlockSpec((None, 1, at_once), lambda j, i: (j, 0, i))] * len(summands),
+        input_output_aliases={n: n for n in range(len(results))} if in_place else {},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
         name="map_rows",

@@ -14,7 +14,7 @@ from meshloom.pallas_kernels.matmul.grouped.spec import GroupedSpec, Kernel
 from meshloom.pallas_kernels.matmul.grouped.xla import LOOP, RAGGED, loop_why_not
 from meshloom.pallas_kernels.matmul.qarray import QArray
 
-__all__ = ["GroupedSpec", "GroupedStatic", "grouped_gradients", "grouped_matmul"]
+__all__ = ["GroupedSpec", "GroupedStatic", "grouped_gradients", "grouped_matmul", "grouped_weight_gradient"]
 
 GROUPED_MATMUL = (
     Implementation("mosaic_tpu", MOSAIC_TPU, mosaic_why_not),
@@ -74,6 +74,19 @@ def grouped_gradients(
     return _bwd(static, (x, w, group_sizes), dy)[:2]
 
 
+@jax.named_scope("grouped_weight_gradient")
+def grouped_weight_gradient(
+    x: Float[Array, "M K"],
+    w: Float[Array, "E A B"] | QArray,
+    group_sizes: Int[Array, "E"],
+    dy: Float[Array, "M N"],
+    *,
+    transposed: bool = False,
+) -> Float[Array, "E A B"] | None:
+    """The second of `grouped_gradients`, where that of x is wanted before x is there."""
+    return _of_weight(_static(x, w, group_sizes, transposed, True, None), x, w, group_sizes, dy)
+
+
 def _static(x, w, group_sizes, transposed: bool, zeros: bool, implementation: str | None) -> "GroupedStatic":
     target = Target.of_mesh()
     spec = GroupedSpec.of(x, w, group_sizes, transposed)
@@ -105,10 +118,14 @@ def _fwd(static: GroupedStatic, x, w, group_sizes):
 def _bwd(static: GroupedStatic, residuals, dy):
     x, w, group_sizes = residuals
     dx = static.kernel.product(dy, w, group_sizes, not static.transposed, static.target).astype(x.dtype)
+    return dx, _of_weight(static, x, w, group_sizes, dy), None
+
+
+def _of_weight(static: GroupedStatic, x, w, group_sizes, dy):
     if isinstance(w, QArray):
-        return dx, None, None
+        return None
     a, b = (dy, x) if static.transposed else (x, dy)
-    return dx, static.kernel.outer(a, b, group_sizes, w.dtype, static.target), None
+    return static.kernel.outer(a, b, group_sizes, w.dtype, static.target)
 
 
 apply.defvjp(_fwd, _bwd)

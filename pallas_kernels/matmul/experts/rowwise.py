@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.extend.core import ClosedJaxpr
 from jaxtyping import Array, Int, Num
 
 from meshloom.pallas_kernels.dispatch import Implementation, Target, may_be_spread, select, tpu_why_not
@@ -66,7 +67,7 @@ def map_rows(
 
 def _primitives(jaxpr: Any) -> Iterator[str]:
     for equation in jaxpr.eqns:
-        inner = [each for each in equation.params.values() if isinstance(each, jax.extend.core.ClosedJaxpr)]
+        inner = [each for each in equation.params.values() if isinstance(each, ClosedJaxpr)]
         for each in inner:
             yield from _primitives(each.jaxpr)
         if not inner:
@@ -88,10 +89,8 @@ def tiled(
     (rows, size), dtype = arrays[0].shape, arrays[0].dtype
     at_once, columns = min(rows, _ROWS), _columns(size)
     assert columns is not None  # or it has declined
-    wide, narrow = (
-        pl.BlockSpec((at_once, columns), lambda j, i: (i, j)),
-        pl.BlockSpec((at_once, 1), lambda j, i: (i, 0)),
-    )
+    wide = pl.BlockSpec((at_once, columns), lambda j, i: (i, j))
+    narrow = pl.BlockSpec((at_once, 1), lambda j, i: (i, 0))
     results, summands = jax.eval_shape(function, *(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in arrays))
 
     def body(*refs):

@@ -126,15 +126,8 @@ def test_what_the_room_for_other_rows_holds_reaches_nothing(axes, monkeypatch):
         there = jnp.arange(len(values)) < jnp.sum(sizes)
         return jnp.where(there[:, None] if values.ndim == 2 else there, values, jnp.nan)
 
-    grouped, product, gradients, mapped = local.grouped_matmul, local._product, local._gradients, local.map_rows
-
-    def spoiled_gradients(x, w, sizes, dy):
-        dx, dw = gradients(x, w, sizes, dy)
-        return spoiled(dx, sizes), dw
-
-    monkeypatch.setattr(local, "grouped_matmul", lambda x, w, sizes, zeros: spoiled(grouped(x, w, sizes), sizes))
-    monkeypatch.setattr(local, "_product", lambda x, w, sizes: spoiled(product(x, w, sizes), sizes))
-    monkeypatch.setattr(local, "_gradients", spoiled_gradients)
+    product, mapped = local._product, local.map_rows
+    monkeypatch.setattr(local, "_product", lambda x, w, sizes, **how: spoiled(product(x, w, sizes, **how), sizes))
     monkeypatch.setattr(
         local,
         "map_rows",
@@ -233,27 +226,27 @@ def test_experts_whose_rows_go_around_are_those_of_one_device(monkeypatch):
 
 
 @functools.cache
-def hops_on(text: str) -> list[tuple[bool, int]]:
+def hops_on(text: str, tokens=512, size=256, inner=256, experts=4, k=1) -> list[tuple[bool, int]]:
     """Of every hop of whole rows in a layer that is computed again: whether it is of the backward pass, and how many
     kernels run beside it. Nothing else moves but a few numbers of each row, by hops as well."""
-    mesh, size = make_mesh({"expert": 4}, target_devices(parse_devices(text))), 256
+    mesh = make_mesh({"expert": 4}, target_devices(parse_devices(text)))
 
     def array(dtype, *shape: int):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P("expert")))
 
-    rows = [array(jnp.bfloat16, 4, 512, size), array(jnp.bfloat16, 4, 512, 1)]
-    matrices = [array(jnp.bfloat16, 4, size, size)] * 3
+    rows = [array(jnp.bfloat16, 4, tokens, size), array(jnp.bfloat16, 4, tokens, k)]
+    matrices = [array(jnp.bfloat16, experts, inner, size)] * 2 + [array(jnp.bfloat16, experts, size, inner)]
 
     def gradients(numbers, *operands):
         out, pull = jax.vjp(jax.checkpoint(functools.partial(ours, numbers)), *operands)
         return out, *pull(out)
 
     with jax.set_mesh(mesh):
-        lowered = jax.jit(gradients).lower(array(jnp.int32, 4, 512, 1), *rows, *matrices)
+        lowered = jax.jit(gradients).lower(array(jnp.int32, 4, tokens, k), *rows, *matrices)
         module = parse(lowered.compile().as_text())
     opcodes = {each.opcode for computation in module.computations.values() for each in computation.instructions}
     assert not opcodes & {"all-gather", "all-gather-start", "reduce-scatter", "all-reduce", "all-to-all"}
-    whole = [pair for pair in permutes(module) if pair[0].shapes[0].text == f"bf16[1,512,{size}]"]
+    whole = [pair for pair in permutes(module) if pair[0].shapes[0].text == f"bf16[1,{tokens},{size}]"]
     return [("backward" in each.operation, beside) for each, beside in whole]
 
 
@@ -267,6 +260,14 @@ def test_a_tpu_makes_gradients_of_weights_while_those_of_rows_travel(text, least
     # Rows, twice, since they are gathered again; gradients of the result; sums of both passes.
     assert len(hops) == 3 * (2 + 1 + 2)
     assert sum(backward and beside > 0 for backward, beside in hops[-3:]) >= least
+
+
+@needs_tpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("text", "least"), [("v5e:2x2", 5), ("v5p:2x2x1", 2), ("v6e:2x2", 2)])
+def test_in_a_layer_of_mixtral_rows_travel_beside_kernels_in_the_backward_pass(text, least):
+    hops = hops_on(text, tokens=4096, size=4096, inner=14336, experts=8, k=2)
+    assert sum(backward and beside > 0 for backward, beside in hops) >= least
 
 
 @needs_tpu

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from meshloom.pallas_kernels.matmul.experts.rowwise import map_rows
-from meshloom.pallas_kernels.matmul.grouped import grouped_gradients, grouped_matmul, grouped_weight_gradient
+from meshloom.pallas_kernels.matmul.grouped import grouped_matmul, grouped_weight_gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,10 @@ class Route:
         return found.reshape(-1, k, *values.shape[1:])
 
 
+# What is in the room for rows that are not there is never looked at.
+_product = functools.partial(grouped_matmul, transposed=True, zeros=False)
+
+
 def forward(activation, route_to: Callable[..., Route], x, weights, chosen, gate, up, down):
     """The sum over this device's experts `[T, D]`, and what gate and up made of its rows, `[room, F]` each."""
     k = chosen.shape[1]
@@ -84,19 +88,19 @@ def backward(activation, route_to: Callable[..., Route], x, weights, chosen, gat
         summand = d_inner.astype(jnp.float32) * inner.astype(jnp.float32)
         return (*pull(d_inner * weight), inner * weight), (summand,)
 
-    d_inner = grouped_matmul(by_row, down, route.sizes, zeros=False).astype(gated.dtype)
+    d_inner = _product(by_row, down, route.sizes, transposed=False).astype(gated.dtype)
     found = map_rows(pulled, route.count, gated, upped, d_inner, weight, in_place=True)
     (d_gated, d_upped, inner), (d_weight,) = found
-    d_down = grouped_weight_gradient(inner, down, route.sizes, by_row, transposed=True)
-    dx_gate, d_gate = _gradients(rows, gate, route.sizes, d_gated)
-    dx_up, d_up = _gradients(rows, up, route.sizes, d_upped)
+    dx_gate, dx_up = (
+        _product(d_rows, matrix, route.sizes, transposed=False).astype(x.dtype)
+        for d_rows, matrix in ((d_gated, gate), (d_upped, up))
+    )
+    d_gate, d_up, d_down = (
+        grouped_weight_gradient(each, matrix, route.sizes, d_rows, transposed=True)
+        for each, matrix, d_rows in ((rows, gate, d_gated), (rows, up, d_upped), (inner, down, by_row))
+    )
     dx = jnp.sum(route.by_slot(dx_gate + dx_up, k), axis=1)
     return dx, route.by_slot(d_weight, k).astype(weights.dtype), d_gate, d_up, d_down
-
-
-# What is in the room for rows that are not there is never looked at.
-_product = functools.partial(grouped_matmul, transposed=True, zeros=False)
-_gradients = functools.partial(grouped_gradients, transposed=True, zeros=False)
 
 
 def flat(run: Callable[..., Any], x, weights, chosen, *others, first: Any = 0, experts: int | None = None) -> Any:

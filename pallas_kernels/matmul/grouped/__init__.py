@@ -14,7 +14,7 @@ from meshloom.pallas_kernels.matmul.grouped.spec import GroupedSpec, Kernel
 from meshloom.pallas_kernels.matmul.grouped.xla import LOOP, RAGGED, loop_why_not
 from meshloom.pallas_kernels.matmul.qarray import QArray
 
-__all__ = ["GroupedSpec", "GroupedStatic", "grouped_gradients", "grouped_matmul", "grouped_weight_gradient"]
+__all__ = ["GroupedSpec", "GroupedStatic", "grouped_matmul", "grouped_weight_gradient"]
 
 GROUPED_MATMUL = (
     Implementation("mosaic_tpu", MOSAIC_TPU, mosaic_why_not),
@@ -54,26 +54,6 @@ def grouped_matmul(
     return apply(_static(x, w, group_sizes, transposed, zeros, implementation), x, w, group_sizes)
 
 
-@jax.named_scope("grouped_gradients")
-def grouped_gradients(
-    x: Float[Array, "M K"],
-    w: Float[Array, "E A B"] | QArray,
-    group_sizes: Int[Array, "E"],
-    dy: Float[Array, "M N"],
-    *,
-    transposed: bool = False,
-    zeros: bool = True,
-) -> tuple[Float[Array, "M K"], Float[Array, "E A B"] | None]:
-    """Gradients of x and w, None for a quantized w, of `grouped_matmul(x, w, group_sizes)` by that of its result.
-
-    For operations whose backward pass is written by hand, and so needs no product again.
-
-    Raises MeshloomError as `grouped_matmul` does.
-    """
-    static = _static(x, w, group_sizes, transposed, zeros, None)
-    return _bwd(static, (x, w, group_sizes), dy)[:2]
-
-
 @jax.named_scope("grouped_weight_gradient")
 def grouped_weight_gradient(
     x: Float[Array, "M K"],
@@ -83,7 +63,11 @@ def grouped_weight_gradient(
     *,
     transposed: bool = False,
 ) -> Float[Array, "E A B"] | None:
-    """The second of `grouped_gradients`, where that of x is wanted before x is there."""
+    """Gradient of w, None for a quantized one, of `grouped_matmul(x, w, group_sizes)` by that of its result.
+
+    For operations whose backward pass is written by hand; the gradient of x is a `grouped_matmul` of dy, with the other
+    `transposed`. Raises MeshloomError as `grouped_matmul` does.
+    """
     return _of_weight(_static(x, w, group_sizes, transposed, True, None), x, w, group_sizes, dy)
 
 
